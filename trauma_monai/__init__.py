@@ -1,0 +1,57 @@
+"""CT trauma detection as MONAI bundles: the components that the bundles' configs point into.
+
+Every public component is reachable as ``trauma_monai.Name`` (that is how configs name it) and imported on first use,
+so that ``trauma-monai --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Module -> its public components, in the order of the flow. A component is added here and in its module's __all__.
+_COMPONENTS = {
+    "dicom": ("DicomError", "VolumeReader", "discover_series", "read_series"),
+    "organs": ("OrganLabelMapd", "OrganSegmenter", "OrganVisibilityd", "ResizeSlicesd", "SegmentOrgansd"),
+    "stacks": (
+        "CropToBoxd",
+        "RandWarpStackd",
+        "ResizeStackd",
+        "SelectSlicesd",
+        "StackSlicesd",
+        "WindowSlicesd",
+        "slice_windows",
+    ),
+    "networks": (
+        "ConvMaskHeads",
+        "InflatedUNet",
+        "SliceSequenceNet",
+        "UNetMaskDecoder",
+        "WithOrganMasks",
+        "create_encoder",
+        "load_weights",
+    ),
+    "inferers": ("StudyInferer",),
+    "pooling": ("PoolSlicesd", "SubmissionColumns", "pool_series"),
+    "labels": ("FrameLabelsd", "SoftSliceLabelsd", "StudyTruthd"),
+    "losses": ("InjuryLoss", "MultilabelDiceLoss"),
+    "samplers": ("BalancedSampler",),
+    "datalist": ("load_datalist", "organ_items", "window_items"),
+    "handlers": ("StudyBatch", "TraumaScore"),
+    "metrics": ("Score", "best_constant", "cspine_score", "trauma_score"),
+}
+_MODULE_OF = {name: module for module, names in _COMPONENTS.items() for name in names}
+
+__all__ = ["__version__", *sorted(_MODULE_OF)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'trauma_monai' has no component {name!r}; it has {', '.join(sorted(_MODULE_OF))}.")
+    return getattr(importlib.import_module(f"trauma_monai.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
