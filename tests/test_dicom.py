@@ -1,0 +1,432 @@
+"""Stage 1: real DICOM files are written, read back, and compared by numbers worked out by hand."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from conftest import SHARED_DATA
+from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImage, LoadImaged, Orientationd
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
+
+from trauma_monai.dicom import DicomError, VolumeReader, discover_series, read_series
+
+needs_shared_data = pytest.mark.skipif(
+    not SHARED_DATA.is_dir(), reason="the real CT files of ../shared/data are absent"
+)
+
+ROWS, COLUMNS, SLICES = 6, 8, 5
+AXIAL = [1, 0, 0, 0, 1, 0]
+LOSSLESS = {
+    "1.2.840.10008.1.2",
+    "1.2.840.10008.1.2.1",
+    "1.2.840.10008.1.2.1.99",
+    "1.2.840.10008.1.2.2",
+    "1.2.840.10008.1.2.4.57",
+    "1.2.840.10008.1.2.4.70",
+    "1.2.840.10008.1.2.4.80",
+    "1.2.840.10008.1.2.4.90",
+    "1.2.840.10008.1.2.5",
+}
+
+
+def expected_hu() -> np.ndarray:
+    """HU of a small volume (Z, Y, X): air at the border, and 1000 z + 100 y + x - 1000 inside, at most 3000."""
+    z, y, x = np.meshgrid(np.arange(SLICES), np.arange(ROWS), np.arange(COLUMNS), indexing="ij")
+    hu = np.minimum(1000 * z + 100 * y + x - 1000, 3000)
+    hu[:, [0, -1], :] = -1000
+    hu[:, :, [0, -1]] = -1000
+    return hu.astype(np.int16)
+
+
+def write_series(
+    folder: Path,
+    hu: np.ndarray | None = None,
+    *,
+    bits: int = 16,
+    signed: bool = True,
+    intercept: int = -1024,
+    spacing_mm: float = 2.0,
+    syntax: str = ExplicitVRLittleEndian,
+    **tags: object,
+) -> list[Path]:
+    """Write one file per slice, from feet to head, InstanceNumber falling; ``tags`` go into each header."""
+    hu = expected_hu() if hu is None else hu
+    folder.mkdir(parents=True, exist_ok=True)
+    series_uid, paths = generate_uid(), []
+    for index, pixels in enumerate(hu):
+        header = Dataset()
+        header.file_meta = FileMetaDataset()
+        header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        header.SOPClassUID = header.file_meta.MediaStorageSOPClassUID = CTImageStorage
+        header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        header.PatientName, header.PatientID = "DOE^JANE", "4711"
+        header.StudyInstanceUID, header.SeriesInstanceUID, header.Modality = "1.2.3", series_uid, "CT"
+        header.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+        header.InstanceNumber = 100 - index
+        header.ImageOrientationPatient = AXIAL
+        header.ImagePositionPatient = [-50, -60, -300 + spacing_mm * index]
+        header.PixelSpacing = [0.5, 0.25]
+        header.Rows, header.Columns = pixels.shape
+        header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+        header.BitsAllocated, header.BitsStored, header.HighBit = 16, bits, bits - 1
+        header.PixelRepresentation = int(signed)
+        header.RescaleSlope, header.RescaleIntercept = 1, intercept
+        header.KVP = 120
+        stored = (pixels.astype(np.int32) - intercept) & (2**bits - 1)
+        header.PixelData = stored.astype("<u2").tobytes()
+        header["PixelData"].VR = "OW"
+        for tag, value in tags.items():
+            setattr(header, tag, value)
+        if syntax != ExplicitVRLittleEndian:
+            header.compress(syntax)
+        paths.append(folder / f"{index:03d}.dcm")
+        header.save_as(paths[-1], enforce_file_format=True)
+    return paths
+
+
+def edit(path: Path, **tags: object) -> None:
+    header = pydicom.dcmread(path)
+    for tag, value in tags.items():
+        setattr(header, tag, value)
+    header.save_as(path)
+
+
+def as_zyx(folder: Path) -> np.ndarray:
+    return read_series(folder).array.transpose(2, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "intercept"),
+    [(12, False, -1024), (16, True, -1024), (16, True, 0), (13, True, 0), (16, False, -8192), (16, False, -32768)],
+)
+def test_every_header_of_the_competition_gives_the_same_hu(
+    tmp_path: Path, bits: int, signed: bool, intercept: int
+) -> None:
+    """13 bits, signed: the bits above the 13th are 0 in negative numbers too, so that the sign has to be extended."""
+    write_series(tmp_path, bits=bits, signed=signed, intercept=intercept)
+    np.testing.assert_array_equal(as_zyx(tmp_path), expected_hu())
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless], ids=lambda uid: uid.keyword)
+def test_compressed_pixels_are_exact(tmp_path: Path, syntax: str) -> None:
+    hu = np.tile(expected_hu(), (1, 8, 8))  # OpenJPEG needs some pixels to start with
+    write_series(tmp_path, hu, syntax=syntax)
+    np.testing.assert_array_equal(as_zyx(tmp_path), hu)
+
+
+def test_numbers_that_are_sign_extended_already_stay(tmp_path: Path) -> None:
+    for path, pixels in zip(write_series(tmp_path, bits=13, intercept=0), expected_hu(), strict=True):
+        edit(path, PixelData=pixels.astype("<i2").tobytes())
+    np.testing.assert_array_equal(as_zyx(tmp_path), expected_hu())
+
+
+def test_slices_are_ordered_by_position_not_by_instance_number_or_name(tmp_path: Path) -> None:
+    paths = write_series(tmp_path)
+    for path, name in zip(paths, ["d", "a", "e", "c", "b"], strict=True):
+        path.rename(tmp_path / f"{name}.dcm")
+    volume = read_series(tmp_path)
+    np.testing.assert_array_equal(volume.array.transpose(2, 1, 0), expected_hu())
+    assert [number for _, number, _ in volume.instances] == [100, 99, 98, 97, 96]
+
+
+def test_the_affine_leads_from_voxels_to_the_patient(tmp_path: Path) -> None:
+    """DICOM counts to the left and to the back, the affine to the right and to the front."""
+    write_series(tmp_path)
+    affine = read_series(tmp_path).affine
+    np.testing.assert_allclose(affine @ [0, 0, 0, 1], [50, 60, -300, 1])
+    # column 7 of 0.25 mm, row 5 of 0.5 mm, slice 4 of 2 mm: LPS (-48.25, -57.5, -292)
+    np.testing.assert_allclose(affine @ [7, 5, 4, 1], [48.25, 57.5, -292, 1])
+
+
+def test_oblique_slices_are_stacked_along_their_normal(tmp_path: Path) -> None:
+    """Slices turned by 30 degrees about the x axis: rows run along (0, cos, sin), the normal is (0, -sin, cos)."""
+    cosine, sine = np.sqrt(3) / 2, 0.5
+    for index, path in enumerate(write_series(tmp_path)):
+        edit(
+            path,
+            ImageOrientationPatient=[1, 0, 0, 0, cosine, sine],
+            ImagePositionPatient=[0, -2 * sine * index, 2 * cosine * index],
+        )
+    volume = read_series(tmp_path)
+    np.testing.assert_array_equal(volume.array.transpose(2, 1, 0), expected_hu())
+    np.testing.assert_allclose(volume.affine[:3, 2], [0, 2 * sine, 2 * cosine], atol=1e-9)
+
+
+def test_padding_becomes_air(tmp_path: Path) -> None:
+    hu = expected_hu()
+    hu[:, 0, 0] = -2000
+    write_series(tmp_path, hu, PixelPaddingValue=-976)  # stored: -2000 + 1024
+    assert set(as_zyx(tmp_path)[:, 0, 0]) == {-1024}
+
+
+def test_monochrome1_leaves_hu_as_they_are(tmp_path: Path) -> None:
+    """PS3.3 C.7.6.3.1.2: it says how to display, not what is stored."""
+    write_series(tmp_path, PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(as_zyx(tmp_path), expected_hu())
+
+
+def test_inverted_pixels_under_monochrome1_are_turned_back(tmp_path: Path) -> None:
+    inverted = 4095 - 2048 - expected_hu().astype(np.int32)  # so that 4095 - stored is the stored value of the original
+    write_series(tmp_path, inverted, bits=12, signed=False, PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(as_zyx(tmp_path), expected_hu())
+
+
+def test_a_fractional_slope_is_rounded_to_whole_hu(tmp_path: Path) -> None:
+    hu = np.full((3, 4, 4), 101, dtype=np.int16)
+    write_series(tmp_path, hu, intercept=0, RescaleSlope=0.5)
+    assert set(as_zyx(tmp_path).ravel()) == {50}  # 50.5, to the even number
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_slice_is_refused(tmp_path: Path) -> None:
+    write_series(tmp_path)[2].unlink()
+    with pytest.raises(DicomError, match=r"about 1 slice\(s\) missing: 4.00 mm between the slices at -298 and -294"):
+        read_series(tmp_path)
+
+
+def test_two_slices_at_one_position_are_refused(tmp_path: Path) -> None:
+    paths = write_series(tmp_path)
+    edit(paths[2], ImagePositionPatient=[-50, -60, -298])
+    with pytest.raises(DicomError, match="different pixels at position -298 mm"):
+        read_series(tmp_path)
+
+
+def test_a_repeated_file_counts_once_and_is_reported(tmp_path: Path) -> None:
+    shutil.copy(write_series(tmp_path)[1], tmp_path / "copy.dcm")
+    volume = read_series(tmp_path)
+    np.testing.assert_array_equal(volume.array.transpose(2, 1, 0), expected_hu())
+    assert volume.facts["repeated_slices_dropped"] == 1
+
+
+def test_a_tilted_gantry_is_refused(tmp_path: Path) -> None:
+    for index, path in enumerate(write_series(tmp_path)):
+        edit(path, ImagePositionPatient=[-50, -60 + 0.5 * index, -300 + 2 * index])
+    with pytest.raises(DicomError, match=r"14.0 degrees off their normal \(gantry tilt\)"):
+        read_series(tmp_path)
+
+
+def test_uneven_slices_are_refused(tmp_path: Path) -> None:
+    edit(write_series(tmp_path)[4], ImagePositionPatient=[-50, -60, -291.5])
+    with pytest.raises(DicomError, match=r"slice distances from 2.00 to 2.50 mm mixed"):
+        read_series(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        ({"PixelSpacing": [0.6, 0.25]}, "pixel spacings"),
+        ({"ImageOrientationPatient": [0, 1, 0, 0, 0, 1]}, "different orientation"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer"),
+        ({"RescaleIntercept": None}, "without them stored values are not HU"),
+        ({"RescaleType": "US"}, "RescaleType US; expected HU"),
+        ({"PixelSpacing": None}, "no PixelSpacing"),
+    ],
+    ids=["spacing", "orientation", "localizer", "rescale", "rescale type", "geometry"],
+)
+def test_a_slice_that_does_not_belong_is_refused(tmp_path: Path, tags: dict[str, object], reason: str) -> None:
+    paths = write_series(tmp_path)
+    edit(paths[3], **tags)
+    with pytest.raises(DicomError, match=reason):
+        read_series(paths)
+
+
+def test_two_slices_make_no_volume(tmp_path: Path) -> None:
+    with pytest.raises(DicomError, match=r"2 slice\(s\); a volume needs at least 3"):
+        read_series(write_series(tmp_path)[:2])
+
+
+def test_values_that_no_ct_has_are_refused(tmp_path: Path) -> None:
+    hu = expected_hu().astype(np.int32)
+    hu[2, 3, 3] = 31000
+    write_series(tmp_path, hu)
+    with pytest.raises(DicomError, match=r"002.dcm: values from -1000 to 31000 HU, beyond"):
+        read_series(tmp_path)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = write_series(tmp_path)[1]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DicomError, match=r"001.dcm"):
+        read_series(tmp_path)
+
+
+def test_a_cut_off_jpeg_stream_is_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-1000, 1000, size=(3, 64, 64))
+    for path in write_series(tmp_path, hu, syntax=JPEG2000Lossless):
+        header = pydicom.dcmread(path)
+        stream = next(pydicom.encaps.generate_frames(header.PixelData, number_of_frames=1))
+        header.PixelData = pydicom.encaps.encapsulate([stream[: len(stream) // 2 * 2 - 600]])
+        header.save_as(path)
+    with pytest.raises(DicomError, match="truncated: the compressed pixels have no end marker"):
+        read_series(tmp_path)
+
+
+def test_a_folder_without_ct_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(DicomError, match=r"no CT series in .*: not a DICOM file"):
+        read_series(tmp_path)
+
+
+def test_a_folder_with_two_series_is_refused(tmp_path: Path) -> None:
+    write_series(tmp_path / "a")
+    write_series(tmp_path / "b")
+    with pytest.raises(DicomError, match=r"2 series in .*; expected one"):
+        read_series(tmp_path)
+
+
+# --- discovery --------------------------------------------------------------------------------------------------------
+
+
+def test_discovery_sorts_any_mix_into_series(tmp_path: Path) -> None:
+    write_series(tmp_path / "one", PatientID="1")
+    moved = write_series(tmp_path / "two", PatientID="2")
+    (tmp_path / "elsewhere").mkdir()
+    moved[0].rename(tmp_path / "elsewhere/first.dcm")
+    write_series(tmp_path / "scout", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_series(tmp_path / "capture", SOPClassUID=SecondaryCaptureImageStorage)
+    (tmp_path / "readme.txt").write_text("hello")
+    found, rejected = discover_series(tmp_path)
+    assert [(series.patient_id, len(series.files)) for series in found] == [("1", 5), ("2", 5)]
+    reasons = {item.path.parent.name: item.reason for item in rejected}
+    assert reasons["scout"] == "localizer"
+    assert reasons["capture"] == "not a CT image (Secondary Capture Image Storage)"
+    assert reasons[tmp_path.name] == "not a DICOM file"
+    assert len(rejected) == 11
+
+
+def test_files_without_uids_are_a_series_by_their_folder(tmp_path: Path) -> None:
+    for path in write_series(tmp_path / "scan"):
+        edit(path, SOPClassUID="", SeriesInstanceUID="", StudyInstanceUID="", PatientID="")
+    found, _ = discover_series(tmp_path)
+    assert [(series.series_uid, len(series.files)) for series in found] == [("scan", 5)]
+    np.testing.assert_array_equal(read_series(found[0]).array.transpose(2, 1, 0), expected_hu())
+
+
+def test_no_message_and_no_fact_holds_a_name(tmp_path: Path) -> None:
+    paths = write_series(tmp_path)
+    assert "DOE" not in repr(read_series(tmp_path)) + repr(discover_series(tmp_path))
+    paths[2].unlink()
+    with pytest.raises(DicomError) as caught:
+        read_series(tmp_path)
+    assert "DOE" not in str(caught.value)
+
+
+# --- the MONAI reader -------------------------------------------------------------------------------------------------
+
+
+def test_a_series_goes_through_monai_and_back_to_its_grid(tmp_path: Path) -> None:
+    write_series(tmp_path)
+    transforms = Compose(
+        [
+            LoadImaged("image", reader=VolumeReader(), dtype=None, ensure_channel_first=False),
+            EnsureChannelFirstd("image"),
+            Orientationd("image", axcodes="SPL", labels=None),
+        ]
+    )
+    sample = transforms({"image": str(tmp_path)})
+    np.testing.assert_array_equal(sample["image"][0].numpy(), expected_hu())
+    back = Invertd("image", transforms, nearest_interp=False, to_tensor=False)({**sample, "image": sample["image"]})
+    np.testing.assert_array_equal(back["image"][0].numpy(), read_series(tmp_path).array)
+
+
+def test_an_uncompressed_nifti_is_a_view_that_is_read_when_used(tmp_path: Path) -> None:
+    path = tmp_path / "ct.nii"
+    data = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    nib.save(nib.Nifti1Image(data, np.diag([-1.0, -1.0, 2.0, 1.0])), path)
+    image = LoadImage(reader=VolumeReader(), dtype=None)(path)
+    offset = nib.load(path).dataobj.offset
+    with path.open("r+b") as file:  # after loading, before use
+        file.seek(offset)
+        file.write(np.int16(99).tobytes())
+    assert image[0, 0, 0] == 99
+    image[1, 0, 0] = 5
+    assert nib.load(path).get_fdata()[1, 0, 0] == 12  # what is written to the view stays out of the file
+
+
+@pytest.mark.parametrize("name", ["ct.nii", "ct.nii.gz"])
+def test_a_scaled_nifti_with_whole_hu_becomes_int16(tmp_path: Path, name: str) -> None:
+    image = nib.Nifti1Image(np.array([[[0, 1000, 2000]]], dtype=np.int16), np.eye(4))
+    image.header.set_slope_inter(1, -1024)
+    nib.save(image, tmp_path / name)
+    loaded = LoadImage(reader=VolumeReader(), dtype=None)(tmp_path / name)
+    assert str(loaded.dtype) == "torch.int16"
+    assert loaded.flatten().tolist() == nib.load(tmp_path / name).get_fdata().ravel().tolist()
+
+
+def test_other_files_are_answered_with_what_is_expected(tmp_path: Path) -> None:
+    (tmp_path / "ct.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"neither a NIfTI file \(.nii, .nii.gz\) nor a folder of DICOM files"):
+        VolumeReader().read(tmp_path / "ct.txt")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        VolumeReader().read(tmp_path / "nothing.nii")
+    nib.save(nib.Nifti1Image(np.zeros((2, 2, 2, 2), dtype=np.int16), np.eye(4)), tmp_path / "four.nii")
+    with pytest.raises(ValueError, match="expected a volume with three axes"):
+        VolumeReader().get_data(VolumeReader().read(tmp_path / "four.nii"))
+
+
+# --- real files -------------------------------------------------------------------------------------------------------
+
+
+@needs_shared_data
+def test_every_lossless_transfer_syntax_is_pixel_exact(tmp_path: Path) -> None:
+    """The same real slice in each; copies at other heights make a series of it."""
+    volumes = {}
+    for path in sorted((SHARED_DATA / "cornerstone").glob("CTImage*.dcm")):
+        syntax = pydicom.dcmread(path, stop_before_pixels=True).file_meta.TransferSyntaxUID
+        if syntax not in LOSSLESS:
+            continue
+        folder = tmp_path / path.name
+        folder.mkdir()
+        for index in range(3):
+            header = pydicom.dcmread(path)
+            header.ImagePositionPatient = [*header.ImagePositionPatient[:2], index]
+            header.save_as(folder / f"{index}.dcm")
+        volumes[syntax] = read_series(folder).array
+    assert set(volumes) == LOSSLESS
+    reference = volumes["1.2.840.10008.1.2.1"]
+    assert (reference.min(), reference.max()) == (-3024, 1378)
+    for array in volumes.values():
+        np.testing.assert_array_equal(array, reference)
+
+
+@needs_shared_data
+def test_a_real_series_without_uids_is_read(tmp_path: Path) -> None:
+    volume = read_series(SHARED_DATA / "totalsegmentator/example_ct_dicom")
+    assert volume.array.shape == (512, 512, 20)
+    mask = nib.load(SHARED_DATA / "totalsegmentator/derived/example_dicom_rsna5.nii.gz")
+    assert np.isclose(np.abs(np.linalg.det(volume.affine)), np.abs(np.linalg.det(mask.affine)), rtol=1e-3)
+
+
+@needs_shared_data
+def test_real_broken_series_are_refused_with_their_reasons(tmp_path: Path) -> None:
+    with tarfile.open(SHARED_DATA / "dicom2nifti/failing.tar.xz") as archive:
+        archive.extractall(tmp_path / "failing", filter="data")
+    with zipfile.ZipFile(SHARED_DATA / "dicom-numpy/dupe-positions.zip") as archive:
+        archive.extractall(tmp_path / "duplicates")
+    reasons = []
+    for series in discover_series(tmp_path)[0]:
+        with pytest.raises(DicomError) as caught:
+            read_series(series)
+        reasons.append(str(caught.value))
+    assert len(reasons) == 5
+    for word, count in (("gantry tilt", 2), ("missing", 2), ("different pixels at position", 1)):
+        assert sum(word in reason for reason in reasons) == count, reasons
