@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from trauma_monai.cli import app
 from trauma_monai.convert import convert_checkpoint
 from trauma_monai.networks import InflatedUNet, SliceSequenceNet, load_weights
 
@@ -149,3 +151,22 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path):
 def test_a_missing_checkpoint_is_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no weights at .*gone\.pth"):
         convert_checkpoint(tmp_path / "gone.pth", coat_net(), tmp_path / "model.pt")
+
+
+def test_the_command_line_converts_for_a_bundle(tmp_path: Path):
+    """The organ bundle as it stands is the published segmentation network."""
+    network = InflatedUNet()
+    out = tmp_path / "models/model.pt"
+    arguments = [
+        "convert",
+        str(save(published_organ(network), tmp_path)),
+        str(out),
+        "--bundle",
+        "organ_ct_segmentation",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "tensors in" in result.output
+    converted = torch.load(out, weights_only=True)
+    assert converted.keys() == network.state_dict().keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in network.state_dict().items())

@@ -13,8 +13,22 @@ __version__ = "0.1.0"
 
 # Module -> its public components, in the order of the flow. A component is added here and in its module's __all__.
 _COMPONENTS = {
-    "dicom": ("DicomError", "VolumeReader", "discover_series", "read_series"),
-    "organs": ("OrganLabelMapd", "OrganSegmenter", "OrganVisibilityd", "ResizeSlicesd", "SegmentOrgansd"),
+    "dicom": (
+        "DicomError",
+        "VolumeReader",
+        "discover_series",
+        "read_series",
+    ),
+    "organs": (
+        "NameBySeriesd",
+        "OrganDice",
+        "OrganDiceCELoss",
+        "OrganLabelMapd",
+        "OrganSegmenter",
+        "OrganVisibilityd",
+        "ResizeSlicesd",
+        "SegmentOrgansd",
+    ),
     "stacks": (
         "CropToBoxd",
         "RandWarpStackd",
@@ -26,21 +40,68 @@ _COMPONENTS = {
     ),
     "networks": (
         "ConvMaskHeads",
+        "EffNetMaskDecoder",
+        "Encoder",
         "InflatedUNet",
         "SliceSequenceNet",
         "UNetMaskDecoder",
         "WithOrganMasks",
         "create_encoder",
+        "inflate",
         "load_weights",
     ),
     "inferers": ("StudyInferer",),
-    "pooling": ("PoolSlicesd", "SubmissionColumns", "pool_series"),
-    "labels": ("FrameLabelsd", "SoftSliceLabelsd", "StudyTruthd"),
-    "losses": ("InjuryLoss", "MultilabelDiceLoss"),
+    "pooling": (
+        "BlendPrior",
+        "PoolSlicesd",
+        "Power",
+        "ScaleColumns",
+        "SubmissionColumns",
+        "assessed_groups",
+        "fit_scales",
+        "merge_models",
+        "pool_series",
+        "prior_columns",
+    ),
+    "labels": (
+        "FrameLabelsd",
+        "SoftSliceLabelsd",
+        "StudyTruthd",
+    ),
+    "losses": (
+        "InjuryLoss",
+        "MultilabelDiceLoss",
+    ),
     "samplers": ("BalancedSampler",),
-    "datalist": ("load_datalist", "organ_items", "window_items"),
-    "handlers": ("StudyBatch", "TraumaScore"),
-    "metrics": ("Score", "best_constant", "cspine_score", "trauma_score"),
+    "datalist": (
+        "load_datalist",
+        "organ_items",
+        "window_items",
+    ),
+    "handlers": (
+        "StudyBatch",
+        "TraumaScore",
+        "TruthBatch",
+    ),
+    "metrics": (
+        "CLASS_WEIGHTS",
+        "Score",
+        "best_constant",
+        "best_constant_prediction",
+        "cspine_score",
+        "read_solution",
+        "read_submission",
+        "score_files",
+        "trauma_score",
+    ),
+    "runs": (
+        "SaveMetrics",
+        "SaveProbabilities",
+        "StepWithOptimizer",
+        "TrainingState",
+        "series_items",
+        "start_encoder",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _COMPONENTS.items() for name in names}
 
@@ -49,7 +110,9 @@ __all__ = ["__version__", *sorted(_MODULE_OF)]  # noqa: PLE0604
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module 'trauma_monai' has no component {name!r}; it has {', '.join(sorted(_MODULE_OF))}.")
+        raise AttributeError(
+            f"module 'trauma_monai' has no component {name!r}; it has {', '.join(sorted(_MODULE_OF))}."
+        )
     return getattr(importlib.import_module(f"trauma_monai.{_MODULE_OF[name]}"), name)
 
 

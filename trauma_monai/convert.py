@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from monai.bundle import ConfigParser
 from torch import nn
 
+from trauma_monai.classifier import config_files, find_bundle
 from trauma_monai.networks.weights import check_weights, describe, read_tensors
 
-__all__ = ["Conversion", "convert_checkpoint"]
+__all__ = ["Conversion", "convert_checkpoint", "convert_for_bundle"]
 
 
 class Conversion(NamedTuple):
@@ -100,6 +102,25 @@ _LAYOUTS = (
         dropped={"encoder.layer4.": "stage of the encoder whose output the decoder does not take"},
     ),
 )
+
+
+def convert_for_bundle(checkpoint: Path, out: Path, bundle: str, variant: str | None = None) -> Conversion:
+    """Write a published checkpoint as weights of a bundle.
+
+    Args:
+        checkpoint: see :func:`convert_checkpoint`.
+        out: see :func:`convert_checkpoint`.
+        bundle: name of the bundle, ``trauma_ct_classification`` or ``organ_ct_segmentation``.
+        variant: the bundle's variant that the checkpoint belongs to; None for the bundle as it stands.
+
+    Raises:
+        FileNotFoundError: see :func:`convert_checkpoint`.
+        ValueError: for an unknown bundle or variant, and see :func:`convert_checkpoint`.
+    """
+    bundle_root = find_bundle(bundle)
+    parser = ConfigParser(ConfigParser.load_config_files(config_files(bundle_root, variant)))
+    parser["bundle_root"] = str(bundle_root)
+    return convert_checkpoint(checkpoint, parser.get_parsed_content("network_def"), out)
 
 
 def convert_checkpoint(checkpoint: Path, network: nn.Module, out: Path) -> Conversion:

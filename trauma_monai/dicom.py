@@ -337,21 +337,24 @@ def _sorted_by_position(headers: Iterator[tuple[Path, Dataset]]) -> list[tuple[P
     members = list(headers)
     if len(members) < MIN_SLICES:
         raise DicomError(f"{len(members)} slice(s); a volume needs at least {MIN_SLICES}.")
-    normal = _normal(members[0][1])
-    return sorted(members, key=lambda member: float(np.dot(member[1].ImagePositionPatient, normal)))
+    positions = np.array([header.ImagePositionPatient for _, header in members], dtype=np.float64)
+    order = np.argsort(positions @ _normal(members[0][1]), kind="stable")
+    return [members[index] for index in order]
 
 
 def _check_alike(headers: Sequence[Dataset]) -> None:
-    first = headers[0]
-    for header in headers[1:]:
-        if (header.Rows, header.Columns) != (first.Rows, first.Columns):
-            sizes = f"{first.Rows} x {first.Columns} and {header.Rows} x {header.Columns}"
-            raise DicomError(f"slices of {sizes} pixels mixed; expected one size.")
-        if not np.allclose(header.PixelSpacing, first.PixelSpacing, rtol=SAME_ORIENTATION, atol=0):
-            raise DicomError(f"pixel spacings of {list(first.PixelSpacing)} and {list(header.PixelSpacing)} mm mixed.")
-        cosines = header.ImageOrientationPatient
-        if not np.allclose(cosines, first.ImageOrientationPatient, rtol=0, atol=SAME_ORIENTATION):
-            raise DicomError("slices of different orientation mixed; expected parallel ones.")
+    sizes = sorted({(int(header.Rows), int(header.Columns)) for header in headers})
+    if len(sizes) > 1:
+        mixed = " and ".join(f"{rows} x {columns}" for rows, columns in sizes)
+        raise DicomError(f"slices of {mixed} pixels mixed; expected one size.")
+    spacings = np.array([header.PixelSpacing for header in headers], dtype=np.float64)
+    if not np.allclose(spacings, spacings[0], rtol=SAME_ORIENTATION, atol=0):
+        raise DicomError(
+            f"pixel spacings from {spacings.min():g} to {spacings.max():g} mm mixed; expected one spacing."
+        )
+    cosines = np.array([header.ImageOrientationPatient for header in headers], dtype=np.float64)
+    if not np.allclose(cosines, cosines[0], rtol=0, atol=SAME_ORIENTATION):
+        raise DicomError("slices of different orientation mixed; expected parallel ones.")
 
 
 def _without_repeats(volume: np.ndarray, heights_mm: np.ndarray) -> list[int]:
