@@ -175,6 +175,11 @@ def test_padding_becomes_air(tmp_path: Path) -> None:
     assert set(as_zyx(tmp_path)[:, 0, 0]) == {-1024}
 
 
+def test_a_padding_value_that_may_be_tissue_is_left_alone(tmp_path: Path) -> None:
+    write_series(tmp_path, PixelPaddingValue=1024 + 201)  # 201 HU: a pixel of the second slice has it too
+    np.testing.assert_array_equal(as_zyx(tmp_path), expected_hu())
+
+
 def test_monochrome1_leaves_hu_as_they_are(tmp_path: Path) -> None:
     """PS3.3 C.7.6.3.1.2: it says how to display, not what is stored."""
     write_series(tmp_path, PhotometricInterpretation="MONOCHROME1")
@@ -185,6 +190,7 @@ def test_inverted_pixels_under_monochrome1_are_turned_back(tmp_path: Path) -> No
     inverted = 4095 - 2048 - expected_hu().astype(np.int32)  # so that 4095 - stored is the stored value of the original
     write_series(tmp_path, inverted, bits=12, signed=False, PhotometricInterpretation="MONOCHROME1")
     np.testing.assert_array_equal(as_zyx(tmp_path), expected_hu())
+    assert read_series(tmp_path).facts["slices_stored_inverted"] == SLICES
 
 
 def test_a_fractional_slope_is_rounded_to_whole_hu(tmp_path: Path) -> None:
@@ -221,6 +227,19 @@ def test_a_tilted_gantry_is_refused(tmp_path: Path) -> None:
         edit(path, ImagePositionPatient=[-50, -60 + 0.5 * index, -300 + 2 * index])
     with pytest.raises(DicomError, match=r"14.0 degrees off their normal \(gantry tilt\)"):
         read_series(tmp_path)
+
+
+def test_a_slice_shifted_within_its_plane_is_refused(tmp_path: Path) -> None:
+    edit(write_series(tmp_path)[2], ImagePositionPatient=[-10, -60, -296])
+    with pytest.raises(DicomError, match=r"slice 2 from the feet lies 160.0 voxels off the grid"):
+        read_series(tmp_path)
+
+
+def test_positions_rounded_to_tenths_are_even(tmp_path: Path) -> None:
+    """0.625 mm apart: 0, 0.6, 1.2, 1.9, 2.5."""
+    for index, path in enumerate(write_series(tmp_path)):
+        edit(path, ImagePositionPatient=[0, 0, float(np.round(0.625 * index, 1))])
+    assert read_series(tmp_path).affine[2, 2] == 0.625
 
 
 def test_uneven_slices_are_refused(tmp_path: Path) -> None:
@@ -261,6 +280,25 @@ def test_values_that_no_ct_has_are_refused(tmp_path: Path) -> None:
         read_series(tmp_path)
 
 
+def test_noise_is_refused(tmp_path: Path) -> None:
+    hu = np.random.default_rng(0).integers(-9000, 20000, size=(3, 32, 32))
+    write_series(tmp_path, hu, intercept=0)
+    with pytest.raises(DicomError, match="of the values lie outside -2048 to 4095 HU: damaged pixel data"):
+        read_series(tmp_path)
+
+
+def test_damaged_rle_is_refused(tmp_path: Path) -> None:
+    hu = np.random.default_rng(0).integers(-1000, 1000, size=(3, 32, 32))
+    for path in write_series(tmp_path, hu, syntax=RLELossless):
+        header = pydicom.dcmread(path)
+        stream = bytearray(next(pydicom.encaps.generate_frames(header.PixelData, number_of_frames=1)))
+        stream[64:200] = bytes(136)
+        header.PixelData = pydicom.encaps.encapsulate([bytes(stream)])
+        header.save_as(path)
+    with pytest.raises(DicomError, match=r"000.dcm: pixels \(RLE Lossless\) cannot be decoded"):
+        read_series(tmp_path)
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = write_series(tmp_path)[1]
     path.write_bytes(path.read_bytes()[:-20])
@@ -289,7 +327,7 @@ def test_a_folder_without_ct_says_what_it_holds(tmp_path: Path) -> None:
 def test_a_folder_with_two_series_is_refused(tmp_path: Path) -> None:
     write_series(tmp_path / "a")
     write_series(tmp_path / "b")
-    with pytest.raises(DicomError, match=r"2 series in .*; expected one"):
+    with pytest.raises(DicomError, match=r"belongs to another series than .*; expected one series"):
         read_series(tmp_path)
 
 
@@ -319,6 +357,14 @@ def test_files_without_uids_are_a_series_by_their_folder(tmp_path: Path) -> None
     found, _ = discover_series(tmp_path)
     assert [(series.series_uid, len(series.files)) for series in found] == [("scan", 5)]
     np.testing.assert_array_equal(read_series(found[0]).array.transpose(2, 1, 0), expected_hu())
+
+
+def test_folders_of_the_same_name_are_not_one_series(tmp_path: Path) -> None:
+    for patient in ("a", "b"):
+        for path in write_series(tmp_path / patient / "CT"):
+            edit(path, SeriesInstanceUID="", StudyInstanceUID="", PatientID="")
+    found, _ = discover_series(tmp_path)
+    assert [len(series.files) for series in found] == [5, 5]
 
 
 def test_no_message_and_no_fact_holds_a_name(tmp_path: Path) -> None:
@@ -375,12 +421,31 @@ def test_a_scaled_nifti_with_whole_hu_becomes_int16(tmp_path: Path, name: str) -
 def test_other_files_are_answered_with_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "ct.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"neither a NIfTI file \(.nii, .nii.gz\) nor a folder of DICOM files"):
-        VolumeReader().read(tmp_path / "ct.txt")
+        LoadImage(reader=VolumeReader(), dtype=None)(tmp_path / "ct.txt")
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        VolumeReader().read(tmp_path / "nothing.nii")
+        LoadImage(reader=VolumeReader(), dtype=None)(tmp_path / "nothing.nii")
     nib.save(nib.Nifti1Image(np.zeros((2, 2, 2, 2), dtype=np.int16), np.eye(4)), tmp_path / "four.nii")
     with pytest.raises(ValueError, match="expected a volume with three axes"):
-        VolumeReader().get_data(VolumeReader().read(tmp_path / "four.nii"))
+        LoadImage(reader=VolumeReader(), dtype=None)(tmp_path / "four.nii")
+
+
+def test_monai_reads_no_series_that_is_refused(tmp_path: Path) -> None:
+    """LoadImage goes on to the next reader when one fails to open a file, and ITK opens nearly everything."""
+    write_series(tmp_path)[2].unlink()
+    with pytest.raises(DicomError, match="missing"):
+        LoadImage(reader=VolumeReader(), dtype=None)(tmp_path)
+
+
+def test_a_nifti_that_hides_its_orientation_is_refused(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.zeros((2, 2, 2), dtype=np.int16), None)
+    nib.save(image, tmp_path / "ct.nii")
+    with pytest.raises(ValueError, match="left and right cannot be told"):
+        LoadImage(reader=VolumeReader(), dtype=None)(tmp_path / "ct.nii")
+
+
+def test_a_fourth_axis_of_length_one_is_no_axis(tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Image(np.ones((2, 3, 4, 1), dtype=np.int16), np.eye(4)), tmp_path / "ct.nii.gz")
+    assert LoadImage(reader=VolumeReader(), dtype=None)(tmp_path / "ct.nii.gz").shape == (2, 3, 4)
 
 
 # --- real files -------------------------------------------------------------------------------------------------------

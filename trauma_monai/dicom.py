@@ -8,7 +8,7 @@ and MONAI's convention).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,13 @@ MAX_TILT_DEGREES = 0.5
 """Angle between the stack and the slices' normal. Above it (a tilted gantry) voxels are sheared by more than 1 %."""
 
 SPACING_TOLERANCE = 0.05
-"""Relative difference of slice distances that counts as rounding: positions are often given in tenths of a mm."""
+"""Relative difference of slice distances that counts as rounding."""
+
+ROUNDING_MM = 0.11
+"""Positions are often given in tenths of a mm: 0.625 mm apart, they read 0.6 and 0.7."""
+
+OFF_GRID = 0.5
+"""How far a slice may lie from where equal steps would put it, in voxels."""
 
 GAP = 1.5
 """A distance this many times the usual one means that a slice is missing."""
@@ -48,6 +54,7 @@ SAME_ORIENTATION = 1e-3
 """Difference of direction cosines that counts as rounding (0.06 degrees)."""
 
 _DIRECTORY_FILE = "DICOMDIR"
+_DAMAGED = "damaged DICOM file"
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _SERIES_TAGS = [
@@ -57,7 +64,6 @@ _SERIES_TAGS = [
     "SeriesInstanceUID",
     "Modality",
     "ImageType",
-    "SeriesDescription",
 ]
 _GEOMETRY_TAGS = ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns"]
 _SLICE_TAGS = [
@@ -94,7 +100,6 @@ class SeriesFiles:
         study_uid: StudyInstanceUID; empty where the files have none.
         series_uid: SeriesInstanceUID; the name of the folder where the files have none.
         modality: always ``CT``.
-        description: SeriesDescription.
         files: paths.
     """
 
@@ -102,7 +107,6 @@ class SeriesFiles:
     study_uid: str
     series_uid: str
     modality: str
-    description: str
     files: tuple[Path, ...]
 
 
@@ -139,27 +143,17 @@ def discover_series(folder: str | Path) -> tuple[list[SeriesFiles], list[Rejecte
     folder = Path(folder)
     if not folder.is_dir():
         raise DicomError(f"{folder} is not a folder; expected a folder of DICOM files.")
-    series: dict[tuple[str, str, str], list[tuple[Path, Dataset]]] = {}
+    members: dict[tuple[str, str, str, str], list[Path]] = {}
     rejected: list[Rejected] = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _DIRECTORY_FILE):
-        try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_SERIES_TAGS)
-        except InvalidDicomError:
-            rejected.append(Rejected(path, "not a DICOM file"))
-            continue
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            rejected.append(Rejected(path, f"damaged DICOM header ({type(error).__name__})"))
-            continue
-        if reason := _no_ct_slice(header):
+    for path in _files_in(folder):
+        header, reason = _read_header(path, _SERIES_TAGS, stop_before_pixels=True)
+        if header is None:
             rejected.append(Rejected(path, reason))
-            continue
-        uid = _text(header, "SeriesInstanceUID") or path.parent.name
-        series.setdefault((_text(header, "PatientID"), _text(header, "StudyInstanceUID"), uid), []).append(
-            (path, header)
-        )
+        else:
+            members.setdefault(_series_key(path, header), []).append(path)
     found = [
-        SeriesFiles(*key, "CT", _text(members[0][1], "SeriesDescription"), tuple(path for path, _ in members))
-        for key, members in sorted(series.items())
+        SeriesFiles(patient_id, study_uid, uid or Path(place).name, "CT", tuple(paths))
+        for (patient_id, study_uid, uid, place), paths in sorted(members.items())
     ]
     return found, rejected
 
@@ -181,26 +175,24 @@ def read_series(series: SeriesFiles | str | Path | Sequence[str | Path]) -> CTVo
             slices that differ in size, spacing or orientation, lie at one position with different pixels, are missing
             or unevenly spaced, or are sheared (gantry tilt).
     """
-    headers = _sorted_by_position(_read_files(_files_of(series)))
+    headers = _sorted_by_position(_read_slices(series))
     _check_alike([header for _, header in headers])
     positions = np.array([header.ImagePositionPatient for _, header in headers], dtype=np.float64)
     normal = _normal(headers[0][1])
     facts = _facts(headers[0][1])
-    volume = np.empty((len(headers), int(headers[0][1].Rows), int(headers[0][1].Columns)), dtype=np.int16)
-    for (path, header), out in zip(headers, volume, strict=True):
-        try:
-            read_hu(header, out)
-        except DicomError as error:
-            raise DicomError(f"{path.name}: {error}.") from error
-        del header.PixelData  # decoded; keeps the peak at one copy of the series
+    volume, inverted = _decode(headers)
+    if inverted:
+        facts["slices_stored_inverted"] = float(inverted)
     kept = _without_repeats(volume, positions @ normal)
     if len(kept) < len(headers):
         facts["repeated_slices_dropped"] = float(len(headers) - len(kept))
         volume, positions, headers = volume[kept], positions[kept], [headers[i] for i in kept]
     _check_spacing(positions, normal)
+    affine = _affine(headers[0][1], positions)
+    _check_on_grid(positions, affine)
     return CTVolume(
         array=volume.transpose(2, 1, 0),
-        affine=_affine(headers[0][1], positions),
+        affine=affine,
         facts=facts,
         instances=tuple(
             (_instance_uid(header), int(header.get("InstanceNumber") or 0), path) for path, header in headers
@@ -226,26 +218,12 @@ class VolumeReader(ImageReader):
         return True
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> Any:
-        """Open a file, or read a DICOM series."""
-        paths = [Path(path) for path in ensure_tuple(data)]
-        if missing := [path for path in paths if not path.exists()]:
-            raise FileNotFoundError(f"{missing[0]} does not exist.")
-        if len(paths) > 1:
-            return read_series(paths)
-        if paths[0].is_dir():
-            return read_series(paths[0])
-        if paths[0].name.lower().endswith((".nii", ".nii.gz")):
-            return nib.load(paths[0])
-        if pydicom.misc.is_dicom(paths[0]):
-            raise DicomError(f"{paths[0]} is one DICOM file; give the folder of its series.")
-        raise ValueError(f"{paths[0]} is neither a NIfTI file (.nii, .nii.gz) nor a folder of DICOM files.")
+        """Hand on the paths: what is raised here, LoadImage takes for a hint to try another reader."""
+        return [Path(path) for path in ensure_tuple(data)]
 
     def get_data(self, img: Any) -> tuple[Any, dict[Any, Any]]:
         """Return the volume (X, Y, Z) and its meta data."""
-        if isinstance(img, CTVolume):
-            tensor, affine = torch.from_numpy(img.array), img.affine
-        else:
-            tensor, affine = _nifti_tensor(img), np.asarray(img.affine, dtype=np.float64)
+        tensor, affine = _open(img)
         meta = {
             MetaKeys.AFFINE: affine,
             MetaKeys.ORIGINAL_AFFINE: affine.copy(),
@@ -259,32 +237,74 @@ class VolumeReader(ImageReader):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _files_of(series: SeriesFiles | str | Path | Sequence[str | Path]) -> list[Path]:
-    if isinstance(series, SeriesFiles):
-        return list(series.files)
-    if not isinstance(series, (str, Path)):
-        return [Path(path) for path in series]
-    found, rejected = discover_series(series)
-    if len(found) == 1:
-        return list(found[0].files)
-    if found:
-        raise DicomError(f"{len(found)} series in {Path(series).name}; expected one. Give the folder of one series.")
-    reasons = ", ".join(sorted({item.reason for item in rejected})) or "it is empty"
-    raise DicomError(f"no CT series in {Path(series).name}: {reasons}.")
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _DIRECTORY_FILE)
 
 
-def _read_files(paths: Sequence[Path]) -> Iterator[tuple[Path, Dataset]]:
-    """Read the files of a series with their pixels, still encoded."""
+def _series_key(path: Path, header: Dataset) -> tuple[str, str, str, str]:
+    """What files of one series have in common: patient, study and series; the folder where there is no series UID."""
+    uid = _text(header, "SeriesInstanceUID")
+    return _text(header, "PatientID"), _text(header, "StudyInstanceUID"), uid, "" if uid else str(path.parent)
+
+
+def _read_header(path: Path, tags: list[str], stop_before_pixels: bool) -> tuple[Dataset | None, str]:
+    """Read one file; None and the reason when it holds no CT slice."""
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=stop_before_pixels, specific_tags=list(tags))
+    except InvalidDicomError:
+        return None, "not a DICOM file"
+    except (OSError, ValueError, KeyError, EOFError, AttributeError) as error:
+        return None, f"{_DAMAGED} ({type(error).__name__})"
+    reason = _no_ct_slice(header)
+    return (None, reason) if reason else (header, "")
+
+
+def _read_slices(series: SeriesFiles | str | Path | Sequence[str | Path]) -> list[tuple[Path, Dataset]]:
+    """Read the slices of one series with their pixels, still encoded.
+
+    In a folder, what is no CT slice is passed over; a file that was named is refused if it is none. A damaged file is
+    refused in either case: it may be a slice.
+    """
+    in_folder = isinstance(series, (str, Path))
+    paths = _files_in(Path(series)) if isinstance(series, (str, Path)) else _named_files(series)
+    slices: list[tuple[Path, Dataset]] = []
+    passed_over: list[str] = []
     for path in paths:
-        try:
-            header = pydicom.dcmread(path, specific_tags=_SLICE_TAGS)
-        except (InvalidDicomError, OSError, ValueError, KeyError, EOFError) as error:
-            raise DicomError(f"{path.name}: not a readable DICOM file ({type(error).__name__}).") from error
-        if reason := _no_ct_slice(header):
-            raise DicomError(f"{path.name}: {reason}.")
+        header, reason = _read_header(path, _SLICE_TAGS, stop_before_pixels=False)
+        if header is None:
+            if not in_folder or reason.startswith(_DAMAGED):
+                raise DicomError(f"{path.name}: {reason}.")
+            passed_over.append(reason)
+            continue
+        if slices and _series_key(path, header) != _series_key(*slices[0]):
+            raise DicomError(f"{path.name} belongs to another series than {slices[0][0].name}; expected one series.")
         if missing := [tag for tag in _GEOMETRY_TAGS if not header.get(tag)]:
             raise DicomError(f"{path.name}: no {', '.join(missing)}; the slice's place in space is unknown.")
-        yield path, header
+        slices.append((path, header))
+    if not slices:
+        reasons = ", ".join(sorted(set(passed_over))) or "no files"
+        raise DicomError(
+            f"no CT series{f' in {Path(series).name}' if isinstance(series, (str, Path)) else ''}: {reasons}."
+        )
+    return slices
+
+
+def _named_files(series: SeriesFiles | Sequence[str | Path]) -> list[Path]:
+    return list(series.files) if isinstance(series, SeriesFiles) else [Path(path) for path in series]
+
+
+def _decode(headers: Sequence[tuple[Path, Dataset]]) -> tuple[np.ndarray, int]:
+    """Decode the slices to HU (Z, Y, X); also say how many were stored inverted."""
+    first = headers[0][1]
+    volume = np.empty((len(headers), int(first.Rows), int(first.Columns)), dtype=np.int16)
+    inverted = 0
+    for (path, header), out in zip(headers, volume, strict=True):
+        try:
+            inverted += read_hu(header, out)
+        except DicomError as error:
+            raise DicomError(f"{path.name}: {error}.") from error
+        del header.PixelData  # decoded; keeps the peak at one copy of the series
+    return volume, inverted
 
 
 def _no_ct_slice(header: Dataset) -> str | None:
@@ -333,8 +353,7 @@ def _normal(header: Dataset) -> np.ndarray:
     return normal / np.linalg.norm(normal) * (1.0 if normal[2] >= 0 else -1.0)
 
 
-def _sorted_by_position(headers: Iterator[tuple[Path, Dataset]]) -> list[tuple[Path, Dataset]]:
-    members = list(headers)
+def _sorted_by_position(members: Sequence[tuple[Path, Dataset]]) -> list[tuple[Path, Dataset]]:
     if len(members) < MIN_SLICES:
         raise DicomError(f"{len(members)} slice(s); a volume needs at least {MIN_SLICES}.")
     positions = np.array([header.ImagePositionPatient for _, header in members], dtype=np.float64)
@@ -352,7 +371,12 @@ def _check_alike(headers: Sequence[Dataset]) -> None:
         raise DicomError(
             f"pixel spacings from {spacings.min():g} to {spacings.max():g} mm mixed; expected one spacing."
         )
+    if spacings.min() <= 0:
+        raise DicomError(f"a pixel spacing of {spacings.min():g} mm; expected more than 0.")
     cosines = np.array([header.ImageOrientationPatient for header in headers], dtype=np.float64)
+    axes = cosines[0].reshape(2, 3)
+    if not np.allclose(axes @ axes.T, np.eye(2), rtol=0, atol=SAME_ORIENTATION):
+        raise DicomError(f"row and column directions {cosines[0].tolist()} are not at right angles and of length 1.")
     if not np.allclose(cosines, cosines[0], rtol=0, atol=SAME_ORIENTATION):
         raise DicomError("slices of different orientation mixed; expected parallel ones.")
 
@@ -394,9 +418,22 @@ def _check_spacing(positions: np.ndarray, normal: np.ndarray) -> None:
             f"about {missing} slice(s) missing: {distances[worst]:.2f} mm between the slices at {heights[worst]:g} and "
             f"{heights[worst + 1]:g} mm, where {usual:.2f} mm is usual."
         )
-    if np.abs(distances - usual).max() > SPACING_TOLERANCE * usual + SAME_POSITION_MM:
+    if np.abs(distances - usual).max() > max(SPACING_TOLERANCE * usual, ROUNDING_MM):
         raise DicomError(
             f"slice distances from {distances.min():.2f} to {distances.max():.2f} mm mixed; expected equal ones."
+        )
+
+
+def _check_on_grid(positions: np.ndarray, affine: np.ndarray) -> None:
+    """Refuse a series whose slices are shifted within their plane, or whose steps drift."""
+    steps = np.arange(len(positions))
+    indices = np.stack([np.zeros_like(steps), np.zeros_like(steps), steps], axis=1)
+    found = np.linalg.inv(affine[:3, :3]) @ (positions * np.diag(_LPS_TO_RAS)[:3] - affine[:3, 3]).T
+    off = np.abs(found.T - indices).max(axis=1)
+    if (worst := float(off.max())) > OFF_GRID:
+        raise DicomError(
+            f"slice {int(off.argmax())} from the feet lies {worst:.1f} voxels off the grid of the others; expected "
+            "parallel slices in equal steps, one above the other."
         )
 
 
@@ -415,14 +452,35 @@ def _affine(header: Dataset, positions: np.ndarray) -> np.ndarray:
 # --- NIfTI ------------------------------------------------------------------------------------------------------------
 
 
+def _open(paths: Sequence[Path]) -> tuple[torch.Tensor, np.ndarray]:
+    """Read the volume (X, Y, Z) and its affine from a NIfTI file or a DICOM series."""
+    if missing := [path for path in paths if not path.exists()]:
+        raise FileNotFoundError(f"{missing[0]} does not exist.")
+    path = paths[0]
+    if len(paths) > 1 or path.is_dir():
+        volume = read_series(paths if len(paths) > 1 else path)
+        return torch.from_numpy(volume.array), volume.affine
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        image: Any = nib.load(path)
+        return _nifti_tensor(image), np.asarray(image.affine, dtype=np.float64)
+    if pydicom.misc.is_dicom(path):
+        raise DicomError(f"{path} is one DICOM file; give the folder of its series.")
+    raise ValueError(f"{path} is neither a NIfTI file (.nii, .nii.gz) nor a folder of DICOM files.")
+
+
 def _nifti_tensor(image: Any) -> torch.Tensor:
-    if len(image.shape) != 3:
+    if len(image.shape) < 3 or any(length != 1 for length in image.shape[3:]):
         raise ValueError(f"{image.get_filename()} has shape {image.shape}; expected a volume with three axes.")
+    if not (image.header["sform_code"] or image.header["qform_code"]):
+        raise ValueError(
+            f"{image.get_filename()} does not say how it lies in the patient (sform and qform codes are 0): left and "
+            "right cannot be told. Convert it from DICOM again."
+        )
     slope, intercept = image.dataobj.slope, image.dataobj.inter
     try:
         if (slope, intercept) == (1, 0):
-            return _unscaled(image)
-        values = np.asarray(image.dataobj, dtype=np.float32)
+            return _unscaled(image).reshape(image.shape[:3])
+        values = np.asarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{image.get_filename()} is damaged or cut off: {' '.join(str(error).split())}") from error
     whole = np.all(np.rint(values) == values) and np.abs(values).max(initial=0) < 2**15

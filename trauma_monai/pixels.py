@@ -18,6 +18,15 @@ AIR_HU = -1024
 HU_RANGE = (-10240, 30710)
 """No CT has values beyond these, the ends of the extended 16-bit CT scale. A damaged JPEG stream has."""
 
+TISSUE_HU = (-1024, 3071)
+"""The 12-bit CT scale. A padding value that means something within it could be tissue, and is left alone."""
+
+PLAUSIBLE_HU = (-2048, 4095)
+"""Beyond these a slice holds metal on an extended scale, and the fill outside the round field of view."""
+
+MAX_IMPLAUSIBLE = 0.05
+"""Share of other such pixels above which a slice is damaged: two hip prostheses cover about 2 %."""
+
 BACKGROUND_HU = -200
 """The border of a CT slice shows air or the table: its median lies below this in a picture that is not inverted."""
 
@@ -30,12 +39,15 @@ class DicomError(ValueError):
     """A DICOM file or series that cannot be read as a CT volume; the text says why, without a patient's name."""
 
 
-def read_hu(header: Dataset, out: np.ndarray) -> None:
+def read_hu(header: Dataset, out: np.ndarray) -> bool:
     """Decode one slice and write its HU.
 
     Args:
         header: data set with its pixel data.
         out: int16 array (rows, columns) to fill.
+
+    Returns:
+        Whether the values were stored inverted, see :func:`_as_monochrome2`.
 
     Raises:
         DicomError: when the pixels cannot be decoded, are not those of one grey-scale CT slice, or give values that no
@@ -45,9 +57,10 @@ def read_hu(header: Dataset, out: np.ndarray) -> None:
     if stored.shape != out.shape:
         raise DicomError(f"pixels of shape {stored.shape} where Rows and Columns say {out.shape}")
     slope, intercept = _rescale(header)
+    inverted = False
     if header.get("PhotometricInterpretation") == "MONOCHROME1":
-        stored = _as_monochrome2(stored, header, slope, intercept)
-    padding = _padding(stored, header)
+        stored, inverted = _as_monochrome2(stored, header, slope, intercept)
+    padding = _padding(stored, header, slope, intercept)
     inside = stored if padding is None else stored[~padding]
     if inside.size:
         _check_range(float(inside.min()) * slope + intercept, float(inside.max()) * slope + intercept)
@@ -58,6 +71,8 @@ def read_hu(header: Dataset, out: np.ndarray) -> None:
         out[:] = np.rint(stored * slope + intercept).clip(*HU_RANGE).astype(np.int16)
     if padding is not None:
         out[padding] = AIR_HU
+    _check_plausible(out)
+    return inverted
 
 
 def _decode(header: Dataset) -> np.ndarray:
@@ -73,8 +88,11 @@ def _decode(header: Dataset) -> np.ndarray:
         _check_complete(header)
     try:
         pixels = header.pixel_array
-    except Exception as error:
-        # pydicom and its plugins raise whatever they like: for a reader all of it means the same.
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # pydicom's plugins raise whatever they like, the one for RLE even what is no Exception (a panic of its Rust
+        # code). For a reader all of it means the same.
         reason = " ".join(str(error).split())[:200]
         raise DicomError(f"pixels ({syntax.name}) cannot be decoded: {reason or type(error).__name__}") from error
     wanted = np.int16 if header.PixelRepresentation == 1 else np.uint16
@@ -121,11 +139,11 @@ def _rescale(header: Dataset) -> tuple[float, float]:
     return float(slope), float(intercept)
 
 
-def _padding(stored: np.ndarray, header: Dataset) -> np.ndarray | None:
+def _padding(stored: np.ndarray, header: Dataset, slope: float, intercept: float) -> np.ndarray | None:
     """Where the slice holds no data: PixelPaddingValue, up to PixelPaddingRangeLimit (PS3.3 C.7.5.1.1.2)."""
     ends = [header.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     values = sorted(_like_pixels(int(end), header) for end in ends if end not in (None, ""))
-    if not values:
+    if not values or any(TISSUE_HU[0] < value * slope + intercept <= TISSUE_HU[1] for value in values):
         return None
     padding = stored == values[0] if len(values) == 1 else (stored >= values[0]) & (stored <= values[1])
     return padding if padding.any() else None
@@ -136,8 +154,8 @@ def _like_pixels(value: int, header: Dataset) -> int:
     return (value + 2**15) % 2**16 - 2**15 if header.PixelRepresentation == 1 else value % 2**16
 
 
-def _as_monochrome2(stored: np.ndarray, header: Dataset, slope: float, intercept: float) -> np.ndarray:
-    """Stored values whose rescaled ones are HU, where the lowest is displayed white.
+def _as_monochrome2(stored: np.ndarray, header: Dataset, slope: float, intercept: float) -> tuple[np.ndarray, bool]:
+    """Stored values whose rescaled ones are HU, where the lowest is displayed white; and whether they were inverted.
 
     By the standard the photometric interpretation only tells how to display (PS3.3 C.7.6.3.1.2), and rescaled values
     are HU either way. But some exports inverted the stored values and left the rescaling as it was. The border of a CT
@@ -145,10 +163,10 @@ def _as_monochrome2(stored: np.ndarray, header: Dataset, slope: float, intercept
     """
     low = -(2 ** (header.BitsStored - 1)) if header.PixelRepresentation == 1 else 0
     inverted = (2 * low + 2**header.BitsStored - 1 - stored.astype(np.int32)).astype(stored.dtype)
-    for candidate in (stored, inverted):
+    for candidate, was_inverted in ((stored, False), (inverted, True)):
         border = np.concatenate([candidate[0], candidate[-1], candidate[:, 0], candidate[:, -1]])
         if float(np.median(border)) * slope + intercept < BACKGROUND_HU:
-            return candidate
+            return candidate, was_inverted
     raise DicomError("MONOCHROME1, and neither its values nor their inverse show air at the border of the slice")
 
 
@@ -157,4 +175,17 @@ def _check_range(lowest: float, highest: float) -> None:
         raise DicomError(
             f"values from {lowest:g} to {highest:g} HU, beyond the {HU_RANGE[0]} to {HU_RANGE[1]} of any CT: "
             "the pixel data are damaged, or the rescaling is wrong"
+        )
+
+
+def _check_plausible(hu: np.ndarray) -> None:
+    """Refuse noise: what decoders make of a damaged JPEG stream, without an error."""
+    lowest = hu.min()
+    if lowest >= PLAUSIBLE_HU[0] and hu.max() <= PLAUSIBLE_HU[1]:
+        return
+    # The lowest value is the fill outside the field of view.
+    implausible = float(np.mean(((hu < PLAUSIBLE_HU[0]) & (hu != lowest)) | (hu > PLAUSIBLE_HU[1])))
+    if implausible > MAX_IMPLAUSIBLE:
+        raise DicomError(
+            f"{implausible:.0%} of the values lie outside {PLAUSIBLE_HU[0]} to {PLAUSIBLE_HU[1]} HU: damaged pixel data"
         )

@@ -18,9 +18,9 @@ PREVALENCE = {"bowel": 0.35, "extravasation": 0.35, "kidney": 0.35, "liver": 0.3
 """How often each group is injured; groups are drawn independently."""
 
 LACERATIONS = {
-    "liver": ((15.0, 19.0), (26.0, 34.0)),
-    "spleen": ((10.0, 13.0), (17.0, 22.0)),
-    "kidney": ((8.5, 10.5), (15.0, 19.0)),
+    "liver": ((21.0, 25.0), (37.0, 44.0)),
+    "spleen": ((14.0, 17.0), (24.0, 28.0)),
+    "kidney": ((12.0, 14.5), (20.0, 24.0)),
 }
 """Range of the mean radius in mm: low grade (one laceration), high grade (the largest of two or three)."""
 
@@ -161,9 +161,9 @@ def _extravasation(rng: np.random.Generator, anatomy: Anatomy) -> list[Lesion]:
     sx, sy = anatomy.cavity.half_width / 128, anatomy.cavity.half_depth / 80
     nominal = np.array([(-50, -15, 130), (50, -15, 130), (70, -30, 190), (-60, 10, 80), (60, 10, 75), (25, -45, 100)])
     centre = (nominal[rng.integers(len(nominal))] + rng.uniform(-12, 12, 3)) * (sx, sy, 1)
-    clot = Ellipsoid(centre, rng.uniform(24, 32, 3), bump=5, bump_length=22)
+    clot = Ellipsoid(centre, rng.uniform(30, 38, 3), bump=5, bump_length=22)
     lesions = [Lesion("extravasation", "haematoma", Inside(clot, anatomy.cavity, 1.0))]
-    size = rng.uniform(9, 13)
+    size = rng.uniform(14, 18)
     for offset, part in ((np.zeros(3), 1.0), (rng.normal(size=3) * 6, 0.7)):
         jet = Ellipsoid(centre + offset, size * part * rng.uniform(0.8, 1.25, 3), rng.uniform(0, 180, 3), 2.5, 11)
         lesions.append(Lesion("extravasation", "blush", jet))
