@@ -1,0 +1,682 @@
+"""Small data sets in the competition's layout, written here.
+
+A slice has 6 rows and 8 columns of 2.0 x 1.5 mm; slices are 3 mm apart. The HU of a pixel tell where it is:
+100 * slice (counted from the feet) + 10 * row + column, so that no flip goes unseen.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from dask.distributed import LocalCluster
+from monai.data import MetaTensor
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+import trauma_monai.prepare as module
+from trauma_monai.prepare import mask_on_grid, prepare, segment
+from trauma_monai.rsna_layout import assign_folds
+from trauma_monai.targets import SUBMISSION_COLUMNS, TARGETS
+
+SLICES, ROWS, COLUMNS = 5, 6, 8
+SHAPE = (COLUMNS, ROWS, SLICES)
+HU = 100 * np.arange(SLICES) + 10 * np.arange(ROWS)[:, None] + np.arange(COLUMNS)[:, None, None]
+AFFINE = np.array([[-1.5, 0, 0, 10], [0, -2.0, 0, 20], [0, 0, 3.0, -100], [0, 0, 0, 1]])
+"""DICOM's x = -10 and y = -20 point to the left and to the back; NIfTI's axes point the other way."""
+
+
+class Competition:
+    """A folder in the competition's layout, filled patient by patient."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.patients: dict[str, dict] = {}
+        self.series: list[dict] = []
+        self.frames: list[dict] = []
+
+    def patient(self, patient_id: str, **injuries: int) -> None:
+        row = {column: int(column.endswith("_healthy")) for column in SUBMISSION_COLUMNS} | injuries
+        for column, value in injuries.items():
+            if value:
+                row[f"{column.rpartition('_')[0]}_healthy"] = 0
+        self.patients[patient_id] = {"patient_id": patient_id} | row
+
+    def add_series(
+        self, patient_id: str, series_id: str, head_first: bool = True, aortic_hu: float | None = 200
+    ) -> Path:
+        """Write DICOM; ``head_first``: instance 1 is the slice nearest to the head, as in most series."""
+        folder = self.folder / "train_images" / patient_id / series_id
+        write_dicom(folder, head_first)
+        self.series.append({"patient_id": patient_id, "series_id": series_id, "aortic_hu": aortic_hu})
+        return folder
+
+    def add_mask(self, series_id: str, codes: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+        path = self.folder / "segmentations" / f"{series_id}.nii"
+        path.parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(codes, affine), path)
+        return path
+
+    def write_tables(self) -> None:
+        frame_columns = ("patient_id", "series_id", "instance_number", "injury_name")
+        self._write("train.csv", ("patient_id", *SUBMISSION_COLUMNS), list(self.patients.values()))
+        self._write("train_series_meta.csv", ("patient_id", "series_id", "aortic_hu"), self.series)
+        self._write("image_level_labels.csv", frame_columns, self.frames)
+
+    def _write(self, name: str, columns: tuple[str, ...], rows: list[dict]) -> None:
+        with (self.folder / name).open("w", newline="") as file:
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows(rows)
+
+
+def write_dicom(folder: Path, head_first: bool = True) -> None:
+    folder.mkdir(parents=True)
+    study, series, frame = generate_uid(), generate_uid(), generate_uid()
+    for z in range(SLICES):
+        instance = SLICES - z if head_first else z + 1
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        path = folder / f"{instance}.dcm"
+        image = FileDataset(path, {}, bytes(128), meta, is_implicit_VR=False, is_little_endian=True)
+        image.SOPClassUID, image.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        image.StudyInstanceUID, image.SeriesInstanceUID, image.FrameOfReferenceUID = study, series, frame
+        image.PatientID, image.Modality, image.InstanceNumber = folder.parent.name, "CT", instance
+        image.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+        image.Rows, image.Columns, image.PixelSpacing, image.SliceThickness = ROWS, COLUMNS, [2.0, 1.5], 3.0
+        image.ImagePositionPatient = [-10, -20, -100 + 3 * z]
+        image.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+        image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 12, 11, 0
+        image.RescaleIntercept, image.RescaleSlope = -1024, 1
+        image.PixelData = (HU[:, :, z].T + 1024).astype("<u2").tobytes()
+        image.save_as(path)
+
+
+@pytest.fixture
+def competition(tmp_path: Path) -> Competition:
+    """Two patients: 10 is healthy and has one series, 20 has two and an injured kidney and bowel."""
+    made = Competition(tmp_path / "rsna")
+    made.patient("10")
+    made.patient("20", kidney_high=1, bowel_injury=1)
+    made.add_series("10", "1")
+    made.add_series("20", "2")
+    made.add_series("20", "3", head_first=False)
+    made.write_tables()
+    return made
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def run(competition: Competition, out: Path, **options):
+    return prepare(competition.folder, out, **{"workers": 1, "folds": 2, "progress": False} | options)
+
+
+def items_of(out: Path, section: str = "training") -> dict[str, dict]:
+    return {item["series_id"]: item for item in json.loads((out / "datalist.json").read_text())[section]}
+
+
+def rejected_of(out: Path) -> list[tuple[str, ...]]:
+    with (out / "rejected.csv").open(newline="") as file:
+        return [tuple(row) for row in csv.reader(file)][1:]
+
+
+def one_voxel(code: int = 1) -> np.ndarray:
+    """A mask of one voxel: slice 4, row 1, column 6, whose HU are 416."""
+    codes = np.zeros(SHAPE, np.uint8)
+    codes[6, 1, 4] = code
+    return codes
+
+
+# Volumes
+
+
+def test_a_volume_is_stored_as_hu_with_axes_to_left_back_and_head(competition, out):
+    run(competition, out)
+    image = nibabel.load(out / "images/10_1.nii")
+    assert np.array_equal(np.asanyarray(image.dataobj), HU)
+    assert image.get_data_dtype() == np.int16
+    assert nibabel.aff2axcodes(image.affine) == ("L", "P", "S")
+    assert np.allclose(image.affine, AFFINE)
+    assert np.allclose(image.get_qform(), AFFINE, atol=1e-5)
+    assert (image.header["sform_code"], image.header["qform_code"]) == (1, 1)
+    assert image.header.get_xyzt_units()[0] == "mm"
+
+
+def test_a_slice_is_one_run_of_bytes_in_the_file(competition, out):
+    run(competition, out)
+    content = (out / "images/10_1.nii").read_bytes()
+    assert len(content) == 352 + 2 * 5 * 6 * 8
+    third_slice = np.frombuffer(content, "<i2", count=6 * 8, offset=352 + 2 * 2 * 6 * 8)
+    assert np.array_equal(third_slice.reshape(6, 8), HU[:, :, 2].T)
+
+
+# Masks
+
+
+def test_a_mask_in_the_competitions_orientation_meets_its_pixels(competition, out):
+    # The competition's masks are (L, A, S): the rows run the other way.
+    rows_reversed = AFFINE @ np.array([[1, 0, 0, 0], [0, -1, 0, ROWS - 1], [0, 0, 1, 0], [0, 0, 0, 1]])
+    competition.add_mask("1", one_voxel()[:, ::-1], rows_reversed)
+    run(competition, out)
+    mask = nibabel.load(out / items_of(out)["1"]["organs"])
+    assert HU[np.asanyarray(mask.dataobj) == 1].tolist() == [416]
+    assert mask.get_data_dtype() == np.uint8
+    assert np.allclose(mask.affine, AFFINE)
+    assert items_of(out)["1"]["organs_from"] == "segmentations"
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "SPL", "AIR"])
+def test_a_mask_in_any_orientation_meets_its_pixels(tmp_path, axes):
+    turned = nibabel.Nifti1Image(one_voxel(), AFFINE).as_reoriented(
+        nibabel.orientations.ornt_transform(
+            nibabel.orientations.axcodes2ornt("LPS"), nibabel.orientations.axcodes2ornt(axes)
+        )
+    )
+    nibabel.save(turned, tmp_path / "mask.nii")
+    assert np.array_equal(mask_on_grid(tmp_path / "mask.nii", SHAPE, AFFINE), one_voxel())
+
+
+def test_rounding_of_an_affine_is_tolerated(competition, out):
+    rounded = AFFINE.copy()
+    rounded[:3, 3] += 0.01
+    competition.add_mask("1", one_voxel(), rounded)
+    run(competition, out)
+    assert "organs" in items_of(out)["1"]
+    assert rejected_of(out) == []
+
+
+@pytest.mark.parametrize(
+    ("codes", "shift_mm", "reason"),
+    [
+        (one_voxel(), 3.0, "it lies up to 1.00 voxels from the image"),
+        (one_voxel()[:, :, :4], 0, r"shape (8, 6, 4) differs from that of the image, (8, 6, 5)"),
+        (one_voxel(9), 0, "values 0 to 9, expected organ codes 0 to 5"),
+        (one_voxel() * np.float32(0.5), 0, "values 0 to 0.5, expected organ codes"),
+    ],
+    ids=["one slice off", "a slice short", "an unknown code", "not a code"],
+)
+def test_a_mask_that_does_not_fit_is_refused_and_its_series_kept(competition, out, codes, shift_mm, reason):
+    shifted = AFFINE.copy()
+    shifted[2, 3] += shift_mm
+    competition.add_mask("1", codes, shifted)
+    run(competition, out)
+    assert "organs" not in items_of(out)["1"]
+    assert not (out / "organs/10_1.nii").exists()
+    [(patient, series, why)] = rejected_of(out)
+    assert (patient, series) == ("10", "1")
+    assert why.startswith("mask not used: ")
+    assert reason in why
+
+
+def test_a_mask_that_does_not_say_which_side_is_left_is_refused(tmp_path):
+    image = nibabel.Nifti1Image(one_voxel(), None)
+    image.header["sform_code"] = image.header["qform_code"] = 0
+    nibabel.save(image, tmp_path / "mask.nii")
+    with pytest.raises(ValueError, match="does not say which side is left"):
+        mask_on_grid(tmp_path / "mask.nii", SHAPE, AFFINE)
+
+
+def test_a_file_that_is_no_mask_is_refused(competition, out):
+    competition.add_mask("1", one_voxel()).write_bytes(b"nothing")
+    run(competition, out)
+    assert rejected_of(out)[0][2].startswith("mask not used: ")
+
+
+# Labels
+
+
+def test_labels_are_the_patients_and_a_graded_organ_is_injured_when_it_has_a_grade(competition, out):
+    run(competition, out)
+    assert set(items_of(out)["1"]["label"].values()) == {0}
+    for series in ("2", "3"):
+        label = items_of(out)[series]["label"]
+        assert list(label) == list(TARGETS)
+        assert {name for name, value in label.items() if value} == {"kidney_high", "kidney_injury", "bowel_injury"}
+
+
+def test_frame_labels_are_slice_indices_whichever_way_the_instances_run(competition, out):
+    for series in ("2", "3"):
+        for instance, injury in ((1, "Bowel"), (2, "Bowel"), (2, "Active_Extravasation")):
+            row = {"patient_id": "20", "series_id": series, "instance_number": instance, "injury_name": injury}
+            competition.frames.append(row)
+    competition.write_tables()
+    run(competition, out)
+    # Head first: instance 1 is the uppermost of 5 slices, index 4. Feet first: index 0.
+    assert items_of(out)["2"]["frame_labels"] == {"bowel_injury": [3, 4], "extravasation_injury": [3]}
+    assert items_of(out)["3"]["frame_labels"] == {"bowel_injury": [0, 1], "extravasation_injury": [1]}
+    assert items_of(out)["1"]["frame_labels"] == {"bowel_injury": [], "extravasation_injury": []}
+
+
+def test_a_frame_label_of_a_slice_that_is_not_there_is_reported(competition, out):
+    competition.frames.append({"patient_id": "20", "series_id": "2", "instance_number": 9, "injury_name": "Bowel"})
+    competition.write_tables()
+    run(competition, out)
+    assert rejected_of(out) == [("20", "2", "frame labels not used: no single slice has instance number 9")]
+    assert "2" in items_of(out)
+
+
+def test_an_unknown_injury_name_is_an_error(competition, out):
+    competition.frames.append({"patient_id": "20", "series_id": "2", "instance_number": 1, "injury_name": "Spleen"})
+    competition.write_tables()
+    with pytest.raises(ValueError, match=r"names injuries \['Spleen'\]; known: Bowel, Active_Extravasation"):
+        run(competition, out)
+
+
+def test_an_aorta_that_was_not_measured_is_unknown(competition, out):
+    for series, aortic_hu in zip(competition.series, (180.5, -1024.0, None), strict=True):
+        series["aortic_hu"] = aortic_hu
+    competition.write_tables()
+    run(competition, out)
+    assert [items_of(out)[series]["aortic_hu"] for series in "123"] == [180.5, None, None]
+
+
+def test_an_item_holds_what_docs_promise(competition, out):
+    run(competition, out)
+    item = items_of(out)["3"]
+    assert item["image"] == "images/20_3.nii"
+    assert (item["patient_id"], item["series_id"], item["num_slices"]) == ("20", "3", 5)
+    assert "organs" not in item
+
+
+# Folds
+
+
+def test_both_series_of_a_patient_are_in_one_fold(competition, out):
+    run(competition, out)
+    folds = {series: item["fold"] for series, item in items_of(out).items()}
+    assert folds["2"] == folds["3"] != folds["1"]
+
+
+def test_folds_hold_the_same_share_of_a_rare_injury():
+    healthy, bowel, liver = (
+        {name: int(name == injured) for name in TARGETS} for injured in ("", "bowel_injury", "liver_low")
+    )
+    labels = {str(i): (bowel if i < 4 else liver if i < 12 else healthy) for i in range(40)}
+    folds = assign_folds(labels, 4)
+    assert sorted(folds[str(i)] for i in range(4)) == [0, 1, 2, 3]
+    assert sorted(folds[str(i)] for i in range(4, 12)) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(folds.values()) == [fold for fold in range(4) for _ in range(10)]
+    assert assign_folds(dict(reversed(labels.items())), 4) == folds
+
+
+def test_an_injury_rarer_than_the_folds_does_not_hinder_the_split(recwarn):
+    labels = {str(i): {"bowel_injury": int(i == 0), "liver_low": int(i == 1)} for i in range(8)}
+    assert sorted(assign_folds(labels, 4).values()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert not recwarn.list
+
+
+def test_a_series_that_breaks_moves_nobody_to_another_fold(competition, out):
+    run(competition, out)
+    before = items_of(out)
+    next((competition.folder / "train_images/10/1").iterdir()).write_bytes(b"broken")
+    run(competition, out)
+    assert {series: item["fold"] for series, item in items_of(out).items()} == {s: before[s]["fold"] for s in "23"}
+
+
+def test_fewer_patients_than_folds_is_an_error(competition, out):
+    with pytest.raises(ValueError, match="2 patients cannot be split into 3 folds"):
+        run(competition, out, folds=3)
+
+
+# What is refused
+
+
+def test_series_without_labels_folder_or_patient_are_named(competition, out):
+    write_dicom(competition.folder / "train_images/20/60")
+    competition.add_series("30", "4")
+    competition.series.append({"patient_id": "10", "series_id": "5", "aortic_hu": 100})
+    competition.write_tables()
+    run(competition, out)
+    assert set(items_of(out)) == {"1", "2", "3"}
+    assert rejected_of(out) == [
+        ("10", "5", "no folder train_images/10/5"),
+        ("20", "60", "not in train_series_meta.csv: it has no labels"),
+        ("30", "4", "its patient is not in train.csv"),
+    ]
+
+
+def test_a_broken_series_does_not_take_the_others_down(competition, out):
+    for path in (competition.folder / "train_images/20/2").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    run(competition, out)
+    assert set(items_of(out)) == {"1", "3"}
+    [(patient, series, reason)] = rejected_of(out)
+    assert (patient, series) == ("20", "2")
+    assert reason
+    assert str(competition.folder) not in reason
+    assert not (out / "images/20_2.nii").exists()
+
+
+@pytest.mark.parametrize("instance", [1, 3, 5])
+def test_a_series_with_one_broken_file_is_refused_wherever_that_lies(competition, out, instance):
+    (competition.folder / f"train_images/20/2/{instance}.dcm").write_bytes(b"broken")
+    run(competition, out)
+    assert [row[:2] for row in rejected_of(out)] == [("20", "2")]
+
+
+def test_an_empty_folder_is_refused(competition, out):
+    for path in (competition.folder / "train_images/20/2").iterdir():
+        path.unlink()
+    run(competition, out)
+    assert rejected_of(out) == [("20", "2", "no .dcm files")]
+
+
+def test_a_patient_whose_groups_do_not_sum_to_one_is_refused(competition, out):
+    competition.patient("30", liver_low=1)
+    competition.patients["20"]["liver_low"] = 1
+    competition.write_tables()
+    run(competition, out)
+    assert set(items_of(out)) == {"1"}
+    assert rejected_of(out)[0] == ("20", "2", "train.csv: columns of liver do not hold exactly one 1")
+
+
+def test_nothing_that_can_be_read_is_an_error_with_a_reason(competition, out):
+    for path in competition.folder.glob("train_images/*/*/*.dcm"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no series could be prepared \(.+\); all reasons are in .*rejected.csv"):
+        run(competition, out)
+    assert len(rejected_of(out)) == 3
+
+
+def test_a_folder_in_another_layout_is_an_error(tmp_path, out):
+    with pytest.raises(FileNotFoundError, match="expected the layout of the RSNA 2023 competition"):
+        prepare(tmp_path, out)
+
+
+def test_a_missing_table_and_a_missing_column_are_named(competition, out):
+    table = competition.folder / "train_series_meta.csv"
+    table.write_text("patient_id,series_id\n10,1\n")
+    with pytest.raises(ValueError, match=r"train_series_meta.csv lacks the columns \['aortic_hu'\]"):
+        run(competition, out)
+    table.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no train_series_meta\.csv"):
+        run(competition, out)
+
+
+def test_test_images_become_the_test_section_without_labels(competition, out):
+    write_dicom(competition.folder / "test_images/90/8")
+    write_dicom(competition.folder / "test_images/90/9")
+    (competition.folder / "test_series_meta.csv").write_text("patient_id,series_id,aortic_hu\n90,8,150.5\n")
+    summary = run(competition, out)
+    assert (summary.training, summary.test) == (3, 2)
+    assert items_of(out, "test") == {
+        series: {
+            "image": f"images/90_{series}.nii",
+            "patient_id": "90",
+            "series_id": series,
+            "aortic_hu": hu,
+            "num_slices": 5,
+        }
+        for series, hu in (("8", 150.5), ("9", None))
+    }
+
+
+# Runs that go on where one stopped
+
+
+def written_at(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in out.glob("images/*")}
+
+
+def test_what_is_done_is_not_done_again(competition, out):
+    assert run(competition, out).reused == 0
+    first, datalist = written_at(out), (out / "datalist.json").read_text()
+    assert run(competition, out).reused == 3
+    assert written_at(out) == first
+    assert (out / "datalist.json").read_text() == datalist
+
+
+def test_overwrite_does_everything_again(competition, out):
+    run(competition, out)
+    assert run(competition, out, overwrite=True).reused == 0
+
+
+@pytest.mark.parametrize("broken", ["images/10_1.nii", "records/10_1.json"])
+def test_an_output_that_was_cut_short_is_made_again(competition, out, broken):
+    run(competition, out)
+    (out / broken).write_bytes((out / broken).read_bytes()[:100])
+    assert run(competition, out).reused == 2
+    assert np.array_equal(np.asanyarray(nibabel.load(out / "images/10_1.nii").dataobj), HU)
+
+
+def test_a_mask_that_came_later_is_taken_in(competition, out):
+    run(competition, out)
+    competition.add_mask("3", one_voxel())
+    assert run(competition, out).reused == 2
+    assert "organs" in items_of(out)["3"]
+
+
+def test_tables_are_read_anew_though_volumes_are_kept(competition, out):
+    run(competition, out)
+    competition.patient("10", spleen_low=1)
+    competition.write_tables()
+    assert run(competition, out).reused == 3
+    assert items_of(out)["1"]["label"]["spleen_injury"] == 1
+
+
+def test_a_rejected_series_is_tried_again(competition, out):
+    path = competition.folder / "train_images/20/2/3.dcm"
+    content = path.read_bytes()
+    path.write_bytes(content[:200])
+    run(competition, out)
+    assert "2" not in items_of(out)
+    path.write_bytes(content)
+    assert run(competition, out).reused == 2
+    assert "2" in items_of(out)
+    assert rejected_of(out) == []
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+import nibabel
+from trauma_monai.prepare import prepare
+
+whole = nibabel.Nifti1Image.to_stream
+calls = []
+
+def to_stream(image, file):
+    calls.append(file)
+    if len(calls) == 3:
+        file.write(b"half a volume")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(image, file)
+
+nibabel.Nifti1Image.to_stream = to_stream
+prepare(sys.argv[1], sys.argv[2], workers=1, folds=2, progress=False)
+"""
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(competition, out):
+    arguments = [sys.executable, "-c", KILLED_WHILE_WRITING, str(competition.folder), str(out)]
+    killed = subprocess.run(
+        arguments, env=os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[1])}, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(out.glob("images/*.part"))) == 1
+    assert not (out / "images/20_3.nii").exists()
+    assert run(competition, out).reused == 2
+    assert list(out.rglob("*.part")) == []
+    assert np.array_equal(np.asanyarray(nibabel.load(out / "images/20_3.nii").dataobj), HU)
+    assert set(items_of(out)) == {"1", "2", "3"}
+
+
+def test_an_interrupted_run_keeps_what_is_done_and_says_so(competition, out, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_series", interrupt_at_call(2, module.read_series))
+        with pytest.raises(KeyboardInterrupt):
+            run(competition, out)
+    assert "interrupted: 1 of 3 series are done and kept" in capsys.readouterr().err
+    assert run(competition, out).reused == 1
+
+
+def interrupt_at_call(number: int, function):
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    return interrupted
+
+
+def test_a_full_disk_stops_the_run_and_blames_no_series(competition, out, monkeypatch):
+    def full(image, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nibabel.Nifti1Image, "to_stream", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(competition, out)
+    assert not (out / "rejected.csv").exists()
+    assert list(out.rglob("*.part")) == []
+
+
+# In parallel
+
+
+def test_workers_of_a_cluster_write_the_same_as_one_process(competition, out, tmp_path):
+    next((competition.folder / "train_images/10/1").iterdir()).write_bytes(b"broken")
+    run(competition, out)
+    with LocalCluster(n_workers=2, processes=False, protocol="tcp", dashboard_address=None) as cluster:
+        run(competition, tmp_path / "parallel", scheduler=cluster.scheduler_address)
+    for name in ("datalist.json", "rejected.csv", "images/20_2.nii", "images/20_3.nii"):
+        assert (tmp_path / "parallel" / name).read_bytes() == (out / name).read_bytes()
+
+
+def killed_by_series_2(job):
+    if job.name == "20_2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return prepare_series(job)
+
+
+prepare_series = module._prepare_series
+
+
+def test_a_series_that_kills_its_process_does_not_take_the_others_down(competition, out, tmp_path, monkeypatch):
+    run(competition, out)
+    monkeypatch.setattr(module, "_prepare_series", killed_by_series_2)
+    # One attempt: starting a process takes seconds.
+    monkeypatch.setitem(module.LOCAL_DASK, "distributed.scheduler.allowed-failures", 0)
+    run(competition, tmp_path / "parallel", workers=2)
+    [(_, series, reason)] = rejected_of(tmp_path / "parallel")
+    assert series == "2"
+    assert reason.startswith("the process that read it was killed")
+    assert items_of(tmp_path / "parallel") == {series: items_of(out)[series] for series in "13"}
+
+
+# Masks by a network
+
+
+class FakeSegmenter:
+    """Calls every voxel above 300 HU liver; counts its calls."""
+
+    def __init__(self, *arguments: object, fail_at: int = 0, error: BaseException | None = None) -> None:
+        self.calls, self.fail_at, self.error = 0, fail_at, error
+
+    def __call__(self, image: MetaTensor) -> MetaTensor:
+        self.calls += 1
+        if self.error is not None and self.calls == self.fail_at:
+            raise self.error
+        return MetaTensor((image.as_tensor() > 300).byte(), affine=image.affine)
+
+
+@pytest.fixture
+def prepared(competition, out) -> Path:
+    """Series 1 has a mask, 2 and 3 have none."""
+    competition.add_mask("1", one_voxel())
+    run(competition, out)
+    return out
+
+
+def use(monkeypatch: pytest.MonkeyPatch, segmenter: FakeSegmenter) -> FakeSegmenter:
+    monkeypatch.setattr(module, "_organ_segmenter", lambda *arguments: segmenter)
+    return segmenter
+
+
+def test_segment_fills_in_the_missing_masks_on_the_grid_of_the_images(prepared, monkeypatch):
+    use(monkeypatch, FakeSegmenter())
+    assert segment(prepared, "weights.pt", progress=False) == 2
+    item = items_of(prepared)["3"]
+    assert item["organs_from"] == "model"
+    mask = nibabel.load(prepared / item["organs"])
+    assert np.array_equal(np.asanyarray(mask.dataobj), HU > 300)
+    assert np.allclose(mask.affine, AFFINE)
+    assert items_of(prepared)["1"]["organs_from"] == "segmentations"
+
+
+def test_segment_does_nothing_twice_unless_told_to(prepared, monkeypatch):
+    segmenter = use(monkeypatch, FakeSegmenter())
+    segment(prepared, "weights.pt", progress=False)
+    assert segment(prepared, "weights.pt", progress=False) == 0
+    assert segmenter.calls == 2
+    assert segment(prepared, "weights.pt", overwrite=True, progress=False) == 2
+    assert np.asanyarray(nibabel.load(prepared / "organs/10_1.nii").dataobj).sum() == 1
+
+
+def test_an_interrupted_segment_keeps_the_masks_that_are_done(prepared, monkeypatch):
+    use(monkeypatch, FakeSegmenter(fail_at=2, error=KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        segment(prepared, "weights.pt", progress=False)
+    assert {series: "organs" in item for series, item in items_of(prepared).items()} == {
+        "1": True,
+        "2": True,
+        "3": False,
+    }
+    use(monkeypatch, FakeSegmenter())
+    assert segment(prepared, "weights.pt", progress=False) == 1
+
+
+def test_a_series_that_cannot_be_segmented_is_named_and_the_others_are_done(prepared, monkeypatch):
+    use(monkeypatch, FakeSegmenter(fail_at=1, error=ValueError("too few slices")))
+    with pytest.raises(RuntimeError, match="1 of 2 series could not be segmented; the first: 20_2: too few slices"):
+        segment(prepared, "weights.pt", progress=False)
+    assert "organs" in items_of(prepared)["3"]
+
+
+def test_prepare_keeps_the_masks_that_a_network_made(competition, prepared, monkeypatch):
+    use(monkeypatch, FakeSegmenter())
+    segment(prepared, "weights.pt", progress=False)
+    run(competition, prepared)
+    assert items_of(prepared)["3"]["organs_from"] == "model"
+
+
+def test_a_mask_of_other_pixels_does_not_outlive_them(competition, prepared, monkeypatch):
+    use(monkeypatch, FakeSegmenter())
+    segment(prepared, "weights.pt", progress=False)
+    (competition.folder / "train_images/20/3/1.dcm").touch()
+    run(competition, prepared)
+    assert "organs" not in items_of(prepared)["3"]
+    assert "organs" in items_of(prepared)["2"]
+
+
+def test_segment_before_prepare_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="trauma-monai prepare"):
+        segment(tmp_path, "weights.pt")
+
+
+# Synthetic studies
+
+
+def test_organs_of_synthetic_studies_look_like_organs_in_the_prepared_images(dataset_dir):
+    items = items_of(dataset_dir).values()
+    assert items
+    for item in items:
+        image, organs = (np.asanyarray(nibabel.load(dataset_dir / item[key]).dataobj) for key in ("image", "organs"))
+        for code in (1, 2, 3, 4):
+            assert 20 < np.median(image[organs == code]) < 350
+        assert np.median(image[organs == 0]) < 0
