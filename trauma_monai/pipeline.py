@@ -1,0 +1,343 @@
+"""The flow for one study: DICOM or NIfTI -> masks -> stack -> probabilities -> report.
+
+:func:`predict_series` is the flow itself, stage by stage; :func:`predict` runs it over whatever a folder holds. Both
+bundles run by their own ``inference.yaml``: no transform is written here again.
+
+A study's folder appears at once and whole, or not at all. A second run into the same OUT goes on where the first
+stopped: it keeps the studies whose probabilities.json names the same series, weights, variants and version.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import nibabel as nib
+import numpy as np
+from monai.data import MetaTensor
+from monai.transforms import Orientation
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from trauma_monai import __version__
+from trauma_monai.classifier import Models, load_models
+from trauma_monai.ensemble import load_ensemble
+from trauma_monai.pictures import draw_coronal
+from trauma_monai.pooling import assessed_groups, pool_series
+from trauma_monai.report import render_index, render_report
+from trauma_monai.results import (
+    SeriesResult,
+    SliceScores,
+    StudyResult,
+    find_key_slices,
+    organ_volumes_ml,
+    quality_remarks,
+    study_record,
+    write_submission,
+)
+from trauma_monai.scans import LeftOut, Scan, StudyFiles, find_studies, read_scan, source_files
+from trauma_monai.targets import GROUPS
+
+__all__ = ["Predictions", "predict", "predict_series", "predict_study"]
+
+logger = logging.getLogger(__name__)
+
+FOLDERS = re.compile(r"(?:[A-Za-z]:)?[^\s'\"]*[/\\](?=[^\s'\"/\\])")
+"""The folders of a path within a sentence."""
+
+
+@dataclass
+class Predictions:
+    """What :func:`predict` did.
+
+    Attributes:
+        reports: one per study, new and kept.
+        kept: how many of them an earlier run had made.
+        left_out: what could not be predicted and why; also in OUT/rejected.csv.
+    """
+
+    reports: list[Path] = field(default_factory=list)
+    kept: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+def predict_series(scan: Scan, models: Models, series_uid: str, organs_file: Path) -> SeriesResult:
+    """Run the flow on one series, and write its organ label map.
+
+    Args:
+        scan: the series, stage 1.
+        models: both bundles.
+        series_uid: how the result is named.
+        organs_file: uint8 label map to write (``.nii.gz``), on the grid of the input.
+    """
+    label_map = models.segment(scan.image)  # stage 2
+    _write_label_map(label_map, organs_file)
+    image, organs = _from_feet_to_head(scan.image), _from_feet_to_head(label_map)
+    pooled, scores = models.classify(image, organs)  # stages 2 to 5
+
+    hu, codes = np.asarray(image[0]), np.asarray(organs[0])  # stage 6
+    affine = np.asarray(image.affine)
+    dz, dy, dx = (float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
+    scores = _at_positions(scores, affine, _numbers_from_feet(scan))
+    volumes_ml = organ_volumes_ml(codes, (dz, dy, dx))
+    return SeriesResult(
+        series_uid=series_uid,
+        organs_file=organs_file.name,
+        shape=hu.shape,
+        spacing_mm=(dz, dy, dx),
+        facts=scan.facts,
+        scores=scores,
+        pooled=pooled,
+        volumes_ml=volumes_ml,
+        remarks=quality_remarks(codes, (dz, dy, dx), volumes_ml, scan.facts),
+        key_slices=find_key_slices(scores, hu, codes, (dz, dy, dx)),
+        coronal=draw_coronal(hu, codes, (dz, dy, dx)),
+    )
+
+
+def predict_study(study: StudyFiles, models: Models, folder: Path) -> tuple[StudyResult | None, list[LeftOut]]:
+    """Predict the series of a study one after the other and pool them.
+
+    A series that cannot be read or predicted is left out. Label maps are ``organs.nii.gz``, or ``organs_1.nii.gz``,
+    ``organs_2.nii.gz``, ... in the order of the series UIDs when the study has several series.
+
+    Args:
+        study: what to read.
+        models: both bundles.
+        folder: existing folder for the label maps.
+
+    Returns:
+        The result, None when no series could be predicted; and the series that were left out.
+    """
+    results: list[SeriesResult] = []
+    left_out: list[LeftOut] = []
+    for number, (series_uid, source) in enumerate(study.series.items(), start=1):
+        organs_file = folder / ("organs.nii.gz" if len(study.series) == 1 else f"organs_{number}.nii.gz")
+        try:
+            results.append(predict_series(read_scan(source), models, series_uid, organs_file))
+        except Exception as error:  # decoders raise anything; the next series may well be fine
+            logger.debug("series left out", exc_info=True)
+            organs_file.unlink(missing_ok=True)
+            left_out.append(LeftOut(series_uid, _reason(error)))
+    return (_pool(study, results, left_out, models) if results else None), left_out
+
+
+def predict(
+    input_path: Path | str,
+    out: Path | str,
+    organ_weights: Path | str,
+    trauma_weights: Path | str | None = None,
+    variant: str | None = None,
+    organ_variant: str | None = None,
+    device: str = "auto",
+    bundles_dir: Path | str | None = None,
+    overwrite: bool = False,
+    ensemble: Path | str | None = None,
+) -> Predictions:
+    """Predict every study of an input and write a report for each.
+
+    Writes per study OUT/<patient>/report.html, probabilities.json and organ label maps; and OUT/submission.csv,
+    OUT/index.html and, when something was left out, OUT/rejected.csv.
+
+    Args:
+        input_path: DICOM folder (any mix of series and patients), one series, or a NIfTI file.
+        out: folder for the results, made when it does not exist.
+        organ_weights: state dict for organ_ct_segmentation.
+        trauma_weights: state dict for trauma_ct_classification; not with an ensemble.
+        variant: variant that the weights belong to; taken for the organ bundle too, where that has it.
+        organ_variant: variant of the organ bundle, where it is another one.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        bundles_dir: folder with both bundles; by default those that come with this package.
+        overwrite: predict again what OUT already holds.
+        ensemble: list of checkpoints in place of trauma_weights and variant, see :mod:`trauma_monai.ensemble`.
+
+    Raises:
+        FileNotFoundError: when a weights file is missing.
+        ValueError: for trauma_weights or a variant beside an ensemble, and without either; for an unknown variant or
+            device, weights that do not fit, an input that cannot be read, and when nothing at all could be predicted,
+            with the reasons.
+    """
+    input_path, out = Path(input_path), Path(out)
+    if trauma_weights is not None and ensemble is None:
+        models = load_models(Path(organ_weights), Path(trauma_weights), variant, organ_variant, device, bundles_dir)
+    elif ensemble is not None and trauma_weights is None and variant is None:
+        models = load_ensemble(Path(organ_weights), Path(ensemble), organ_variant, device, bundles_dir)
+    else:
+        raise ValueError("expected either trauma weights, with their variant if any, or an ensemble, which names both.")
+    studies, left_out = find_studies(input_path)
+    out.mkdir(parents=True, exist_ok=True)
+    done = Predictions(left_out=left_out)
+    records: dict[str, dict[str, Any]] = {}
+    with _progress() as progress:
+        for study in progress.track(studies, description="predicting"):
+            record = None if overwrite else _finished(out / study.folder, study, models)
+            if record is not None:
+                done.kept += 1
+            else:
+                record, broken = _predict_into(out / study.folder, study, models, left_out if len(studies) == 1 else [])
+                done.left_out += broken
+                _tell(progress.console, study, record, broken)
+            if record is not None:
+                records[study.folder] = record
+                done.reports.append(out / study.folder / "report.html")
+    _write_rejected(done.left_out, out / "rejected.csv")
+    if not records:
+        reasons = "; ".join(dict.fromkeys(item.reason for item in done.left_out)) or "it holds no CT series"
+        raise ValueError(f"nothing in {input_path} could be predicted: {reasons}.")
+    write_submission(list(records.values()), out / "submission.csv")
+    _write_text(out / "index.html", render_index(list(records.items()), done.left_out))
+    return done
+
+
+# --- one study --------------------------------------------------------------------------------------------------------
+
+
+def _pool(
+    study: StudyFiles, results: Sequence[SeriesResult], left_out: Sequence[LeftOut], models: Models
+) -> StudyResult:
+    targets = list(results[0].pooled)
+    vector = pool_series([[result.pooled[name] for name in targets] for result in results], models.series_mode)
+    pooled = dict(zip(targets, vector.tolist(), strict=True))
+    assessed = assessed_groups(targets)
+    return StudyResult(
+        patient_id=study.patient_id,
+        study_uid=study.study_uid,
+        series=results,
+        pooled=pooled,
+        columns=models.columns(pooled),
+        not_assessed=[group for group in GROUPS if group not in assessed],
+        left_out=[f"series {item.path}: {item.reason}" for item in left_out],
+        model=models.names,
+        version=__version__,
+    )
+
+
+def _from_feet_to_head(volume: MetaTensor) -> MetaTensor:
+    """Turn (1, X, Y, Z) of any orientation into (1, Z, Y, X) as displayed; a view where the slices lie in order."""
+    turned = Orientation(axcodes="SPL", labels=None)(volume)
+    return cast("MetaTensor", turned)
+
+
+def _at_positions(scores: SliceScores, affine: np.ndarray, numbers: np.ndarray | None) -> SliceScores:
+    """Add where the slices lie (z of their first pixel, as in DICOM's ImagePositionPatient) and their numbers."""
+    return replace(
+        scores,
+        z_mm=affine[2, 3] + affine[2, 0] * scores.z_index,
+        instance_number=None if numbers is None else numbers[scores.z_index],
+    )
+
+
+def _numbers_from_feet(scan: Scan) -> np.ndarray | None:
+    """InstanceNumbers in the order of the displayed slices; None when these are not the acquired ones."""
+    axis, sign = nib.io_orientation(np.asarray(scan.image.affine))[2]
+    if scan.instance_numbers is None or axis != 2:
+        return None
+    return scan.instance_numbers if sign > 0 else scan.instance_numbers[::-1]
+
+
+def _write_label_map(organs: MetaTensor, path: Path) -> None:
+    image = nib.Nifti1Image(np.asarray(organs[0]).astype(np.uint8), np.asarray(organs.affine, dtype=np.float64))
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+
+
+def _reason(error: Exception) -> str:
+    """One line without folders, which may be named after patients."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return FOLDERS.sub("", " ".join(text.split())) or type(error).__name__
+
+
+# --- the output folder ------------------------------------------------------------------------------------------------
+
+
+def _predict_into(
+    folder: Path, study: StudyFiles, models: Models, left_out: Sequence[LeftOut]
+) -> tuple[dict[str, Any] | None, list[LeftOut]]:
+    """Predict a study into a folder that appears whole; the old one stays when nothing could be predicted."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        result, broken = predict_study(study, models, partial)
+        if result is None:
+            return None, broken
+        others = Counter(item.reason for item in left_out)
+        notes = [*result.left_out, *(f"{reason} ({count} x)" for reason, count in others.items())]
+        record = {**study_record(result := replace(result, left_out=notes)), "input": _fingerprint(study, models)}
+        _write_text(partial / "report.html", render_report(result))
+        _write_text(partial / "probabilities.json", json.dumps(record, indent=1) + "\n")
+        _replace_folder(partial, folder)
+        return record, broken
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    """Put a finished folder in place of an older one; the old one steps aside, as one step cannot replace it."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _finished(folder: Path, study: StudyFiles, models: Models) -> dict[str, Any] | None:
+    """Return the record of a study that an earlier run finished with the same input and models, else None.
+
+    A study with a series that could not be predicted is tried again: the reason may be gone.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / "probabilities.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = record.get("input") == _fingerprint(study, models) and record.get("series") == list(study.series)
+    return record if same else None
+
+
+def _fingerprint(study: StudyFiles, models: Models) -> str:
+    """Checksum of what a result depends on: which files of which size, which models."""
+    files = [f"{file.name} {file.stat().st_size}" for source in study.series.values() for file in source_files(source)]
+    parts = [study.patient_id, study.study_uid, *study.series, *files, *models.names.values(), __version__]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _write_rejected(left_out: Sequence[LeftOut], path: Path) -> None:
+    if not left_out:
+        path.unlink(missing_ok=True)
+        return
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([("path", "reason"), *left_out])
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+# --- surroundings -----------------------------------------------------------------------------------------------------
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _tell(console: Console, study: StudyFiles, record: Mapping[str, Any] | None, broken: Sequence[LeftOut]) -> None:
+    for item in broken:
+        console.print(f"{study.patient_id}: series {item.path} left out: {item.reason}", markup=False, highlight=False)
+    if record is not None and record["any_injury"] is not None:
+        doubt = "" if record["organs_found"] else " (no organ found: means nothing)"
+        text = f"{study.patient_id}: any injury {record['any_injury']:.0%}{doubt} -> {study.folder}/report.html"
+        console.print(text, markup=False, highlight=False)

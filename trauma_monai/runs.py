@@ -1,0 +1,263 @@
+"""What a bundle run reads and writes: the series of a folder, metrics and probabilities as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
+from torch.optim.lr_scheduler import LRScheduler
+
+from trauma_monai.datalist import DATALIST, load_datalist
+from trauma_monai.networks import SliceSequenceNet, create_encoder
+from trauma_monai.pooling import SubmissionColumns, pool_series
+
+__all__ = [
+    "PretrainedEncoder",
+    "SaveMetrics",
+    "SaveProbabilities",
+    "StepWithOptimizer",
+    "TrainingState",
+    "series_items",
+]
+
+NIFTI = (".nii", ".nii.gz")
+
+
+def series_items(dataset_dir: str | Path) -> list[dict[str, Any]]:
+    """List the series to predict.
+
+    Args:
+        dataset_dir: a data set from ``trauma-monai prepare`` (all its series), a NIfTI file or a folder of NIfTI
+            files (one series each), or a folder of DICOM files, any mix of series and patients.
+
+    Returns:
+        Items with ``image`` (a path, or the files of a DICOM series), ``patient_id`` and ``series_id``; ``organs``
+        where the data set has masks.
+
+    Raises:
+        FileNotFoundError: when there is nothing at ``dataset_dir``.
+        ValueError: when it holds no CT series, with the reason why files were left out.
+    """
+    folder = Path(dataset_dir).expanduser().absolute()
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist; expected a prepared data set, NIfTI files or DICOM files.")
+    if (folder / DATALIST).is_file():
+        labelled, unlabelled = (_section(folder, section) for section in ("all", "test"))
+        return [{key: item[key] for key in KEPT_KEYS if key in item} for item in [*labelled, *unlabelled]]
+    files = [folder] if folder.is_file() else sorted(folder.iterdir())
+    if nifti := [file for file in files if file.name.lower().endswith(NIFTI)]:
+        return [
+            {"image": str(file), "patient_id": file.name.split(".nii")[0], "series_id": file.name.split(".nii")[0]}
+            for file in nifti
+        ]
+    return _dicom_items(folder)
+
+
+KEPT_KEYS = ("image", "organs", "patient_id", "series_id")
+"""What inference needs of an item of a prepared data set: no labels."""
+
+
+def _section(folder: Path, section: str) -> list[dict[str, Any]]:
+    listed = json.loads((folder / DATALIST).read_text()).get("test" if section == "test" else "training")
+    return load_datalist(folder, section, require=()) if listed else []
+
+
+def _dicom_items(folder: Path) -> list[dict[str, Any]]:
+    from trauma_monai.dicom import discover_series
+
+    found, rejected = discover_series(folder)
+    if not found:
+        reasons = sorted({item.reason for item in rejected})
+        raise ValueError(f"no CT series in {folder}: {'; '.join(reasons) or 'it holds no DICOM and no NIfTI files'}.")
+    return [
+        {
+            "image": [str(file) for file in series.files],
+            "patient_id": series.patient_id or series.study_uid,
+            "series_id": series.series_uid,
+        }
+        for series in found
+    ]
+
+
+class StepWithOptimizer:
+    """Step a learning rate schedule whenever its optimizer steps, not once per batch or epoch.
+
+    With gradient accumulation an optimizer steps once in several batches; the published schedules count its steps.
+    A step that mixed precision skips does not count.
+
+    Args:
+        lr_scheduler: the schedule.
+    """
+
+    def __init__(self, lr_scheduler: LRScheduler) -> None:
+        self.lr_scheduler = lr_scheduler
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the optimizer from the start of the engine's run to its end."""
+        engine.add_event_handler(Events.STARTED, self._follow)
+
+    def _follow(self, engine: Engine) -> None:
+        handle = self.lr_scheduler.optimizer.register_step_post_hook(lambda *_: self.lr_scheduler.step())
+        engine.add_event_handler(Events.COMPLETED, handle.remove)
+
+
+class TrainingState:
+    """Save all that a training needs to go on after each epoch, and go on from it.
+
+    The deployable weights of the bundle hold the network alone; this file also holds the optimizer, the schedule, the
+    loss scaler of mixed precision and the count of epochs.
+
+    Args:
+        path: file of the state; replaced at once, so that an interruption leaves the last whole one.
+        objects: name -> what has a ``state_dict``: training network, optimizer, schedule.
+        resume: go on from the file.
+        save: write the file; in parallel training one process does.
+
+    Raises:
+        FileNotFoundError: when there is nothing to go on from.
+    """
+
+    def __init__(self, path: str | Path, objects: Mapping[str, Any], resume: bool = False, save: bool = True) -> None:
+        self.path = Path(path)
+        self.objects = dict(objects)
+        self.save = save
+        if resume and not self.path.is_file():
+            raise FileNotFoundError(f"no training state at {self.path} to go on from; train without `resume` first.")
+        self.resume = resume
+
+    def attach(self, engine: Engine) -> None:
+        """Load when the trainer starts, save when an epoch ends."""
+        objects = {**self.objects, "trainer": engine}
+        if (scaler := getattr(engine, "scaler", None)) is not None:
+            objects["scaler"] = scaler
+        if self.resume:
+            engine.add_event_handler(Events.STARTED, self._load, engine, objects)
+        if self.save:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._save, objects)
+
+    def _load(self, engine: Engine, objects: Mapping[str, Any]) -> None:
+        max_epochs = engine.state.max_epochs
+        Checkpoint.load_objects(dict(objects), torch.load(self.path, map_location="cpu", weights_only=True))
+        # The epochs of this run count, not those that the interrupted one was to take.
+        engine.state.max_epochs = max_epochs
+
+    def _save(self, objects: Mapping[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        torch.save({name: thing.state_dict() for name, thing in objects.items()}, partial)
+        partial.replace(self.path)
+
+
+class PretrainedEncoder:
+    """Start a network's encoder from timm's published weights when training starts.
+
+    Training does this, not the network: one that is built for deployment never downloads anything.
+
+    Args:
+        network: the network, as built.
+        encoder: timm model name of its encoder.
+        image_size: pixels that it was built for.
+        channels: slices per group.
+
+    Raises:
+        RuntimeError: when training starts and the weights cannot be had.
+    """
+
+    def __init__(self, network: SliceSequenceNet, encoder: str, image_size: int, channels: int) -> None:
+        self.network = network
+        self.encoder = encoder
+        self.image_size = image_size
+        self.channels = channels
+
+    def attach(self, engine: Engine) -> None:
+        """Load when the trainer starts."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self) -> None:
+        """Load the weights."""
+        published = create_encoder(self.encoder, True, self.image_size, self.channels)
+        self.network.encoder.load_state_dict(published.state_dict())
+
+
+class SaveMetrics:
+    """Write an evaluator's metrics to a JSON file when it is done.
+
+    Numbers that are not defined (the area under a ROC curve when all patients are alike) become null.
+
+    Args:
+        path: file to write; its folder is made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        """Write when the engine's epoch ends."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the file."""
+        metrics = {name: _number(value) for name, value in engine.state.metrics.items()}
+        _write_json(self.path, metrics)
+
+
+class SaveProbabilities:
+    """Write what an evaluator predicts, pooled by patient, to a JSON file.
+
+    ``{patient_id: {"series": [series ids], "targets": {target: p}, "probabilities": {13 columns}}}``. Needs items with
+    ``patient_id``, ``series_id`` and the pooled ``pred`` (T,) of :class:`trauma_monai.PoolSlicesd`.
+
+    Args:
+        path: file to write; its folder is made.
+        targets: names of the T targets in output order.
+        series_mode: how the series of a patient are pooled, see :func:`trauma_monai.pool_series`.
+    """
+
+    def __init__(self, path: str | Path, targets: Sequence[str], series_mode: Literal["max", "mean"] = "max") -> None:
+        self.path = Path(path)
+        self.targets = list(targets)
+        self.series_mode = series_mode
+        self.columns = SubmissionColumns()
+        self._series: dict[str, dict[str, Any]] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Collect during the engine's epoch, write when it ends."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+
+    def _reset(self) -> None:
+        self._series = {}
+
+    def _collect(self, engine: Engine) -> None:
+        items, outputs = cast(list, engine.state.batch), cast(list, engine.state.output)
+        for item, output in zip(items, outputs, strict=True):
+            of_patient = self._series.setdefault(str(item["patient_id"]), {})
+            of_patient[str(item["series_id"])] = torch.as_tensor(output["pred"]).cpu().double().numpy()
+
+    def _write(self) -> None:
+        _write_json(self.path, {patient: self._record(series) for patient, series in self._series.items()})
+
+    def _record(self, series: Mapping[str, Any]) -> dict[str, Any]:
+        pooled = pool_series(list(series.values()), self.series_mode)
+        targets = dict(zip(self.targets, pooled.tolist(), strict=True))
+        return {"series": list(series), "targets": targets, "probabilities": self.columns(targets)}
+
+
+def _number(value: Any) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Replace a file at once, so that no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)

@@ -1,0 +1,139 @@
+"""What is in an input: DICOM series or a NIfTI file -> studies to predict, and each series in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import LoadImage
+from monai.utils import MetaKeys, SpaceKeys
+
+from trauma_monai.dicom import SeriesFiles, VolumeReader, discover_series, read_series
+
+__all__ = ["LeftOut", "Scan", "StudyFiles", "find_studies", "read_scan", "source_files"]
+
+NIFTI = (".nii", ".nii.gz")
+
+
+class LeftOut(NamedTuple):
+    """A file, folder or series that was not predicted, and why."""
+
+    path: str
+    reason: str
+
+
+class Scan(NamedTuple):
+    """One series in memory.
+
+    Attributes:
+        image: HU of shape (1, X, Y, Z) in the axes of the input, with a RAS+ affine.
+        facts: kVp and the like; see :data:`trauma_monai.report.FACTS`.
+        instance_numbers: DICOM InstanceNumber of each slice along the last axis; None for a file without.
+    """
+
+    image: MetaTensor
+    facts: Mapping[str, str | float]
+    instance_numbers: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class StudyFiles:
+    """What belongs to one study.
+
+    Attributes:
+        patient_id: DICOM PatientID; the stem of a NIfTI file; the folder where a PatientID is missing.
+        study_uid: StudyInstanceUID, or the stem of a file.
+        folder: name of the study's folder in the output, safe on every file system.
+        series: series UID (or stem) -> what to read.
+    """
+
+    patient_id: str
+    study_uid: str
+    folder: str
+    series: Mapping[str, SeriesFiles | Path]
+
+
+def find_studies(path: Path) -> tuple[list[StudyFiles], list[LeftOut]]:
+    """Find what can be predicted in a DICOM folder (any mix of series and patients) or a NIfTI file.
+
+    Returns:
+        Studies, ordered by folder name, and what is not a CT series, with the reason.
+
+    Raises:
+        ValueError: when the path does not exist, or is a file other than NIfTI.
+    """
+    if path.is_dir():
+        found, rejected = discover_series(path)
+        return _group(found), [LeftOut(_relative(item.path, path), item.reason) for item in rejected]
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; expected a folder of DICOM files or a NIfTI file.")
+    if not path.name.lower().endswith(NIFTI):
+        raise ValueError(f"{path} is neither a folder nor a NIfTI file ({' or '.join(NIFTI)}); give the DICOM folder.")
+    stem = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    return [StudyFiles(stem, stem, safe_name(stem, stem), {stem: path})], []
+
+
+def read_scan(source: SeriesFiles | Path) -> Scan:
+    """Read a series once.
+
+    Raises:
+        ValueError: for what cannot be read as a CT volume; see :mod:`trauma_monai.dicom`.
+    """
+    if isinstance(source, Path):
+        image = LoadImage(reader=VolumeReader(), image_only=True, dtype=None, ensure_channel_first=True)(source)
+        if image.ndim != 4 or len(image) != 1:
+            raise ValueError(f"the file has shape {tuple(image.shape[1:])}; expected a volume with three axes.")
+        return Scan(image, {}, None)
+    volume = read_series(source)
+    meta = {MetaKeys.SPACE: SpaceKeys.RAS, MetaKeys.ORIGINAL_CHANNEL_DIM: 0}
+    image = MetaTensor(torch.from_numpy(volume.array)[None], affine=torch.from_numpy(volume.affine), meta=meta)
+    return Scan(image, volume.facts, np.array([number for _, number, _ in volume.instances]))
+
+
+def source_files(source: SeriesFiles | Path) -> tuple[Path, ...]:
+    """Return the files that a series is read from."""
+    return (source,) if isinstance(source, Path) else source.files
+
+
+def safe_name(name: str, key: str) -> str:
+    """Make a folder name of ``name``; where characters had to go, a checksum of ``key`` keeps names apart."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:64]
+    return safe if safe and safe == name else f"{safe or 'study'}-{_checksum(key)}"
+
+
+def _group(found: list[SeriesFiles]) -> list[StudyFiles]:
+    """Sort series into studies; a patient with one study gets a folder named after the patient."""
+    by_study: dict[tuple[str, str], list[SeriesFiles]] = {}
+    for series in found:
+        # Some exports blank the UIDs: a series without study stands for itself, since nothing says what it joins.
+        by_study.setdefault((series.patient_id, series.study_uid or _name(series)), []).append(series)
+    studies_of = [patient_id for patient_id, _ in by_study]
+    studies = []
+    for (patient_id, study_uid), members in by_study.items():
+        folder = safe_name(patient_id, patient_id + study_uid)
+        if patient_id and studies_of.count(patient_id) > 1:
+            folder = f"{safe_name(patient_id, patient_id)}-{_checksum(study_uid)}"
+        ordered = {_name(series): series for series in sorted(members, key=_name)}
+        studies.append(StudyFiles(patient_id or folder, study_uid, folder, ordered))
+    return sorted(studies, key=lambda study: study.folder)
+
+
+def _name(series: SeriesFiles) -> str:
+    """Series UID; a checksum where the folder stands in for a blank one, as folders may be named after patients."""
+    uid = series.series_uid
+    return uid if re.fullmatch(r"[0-9.]+", uid) else f"series-{_checksum(uid + str(series.files[0].parent))}"
+
+
+def _checksum(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:8]
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
