@@ -12,7 +12,7 @@ import pytest
 
 from trauma_monai.targets import SUBMISSION_COLUMNS
 
-COMMANDS = ("phantom", "prepare", "segment", "predict", "convert", "score")
+COMMANDS = ("phantom", "prepare", "segment", "predict", "convert", "score", "oof")
 
 
 def trauma_monai(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

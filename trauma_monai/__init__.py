@@ -92,8 +92,14 @@ _COMPONENTS = {
         "read_solution",
         "read_submission",
         "score_files",
+        "trauma_loss",
         "trauma_score",
     ),
+    "oof": (
+        "collect_oof",
+        "write_oof",
+    ),
+    "ensemble": ("EnsembleClassifier",),
     "runs": (
         "SaveMetrics",
         "SaveProbabilities",

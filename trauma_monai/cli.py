@@ -61,7 +61,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Processes; all cores b
 def phantom(
     out: Annotated[Path, typer.Argument(help="New folder, filled in the layout of the RSNA 2023 competition.")],
     studies: Annotated[int, typer.Option(min=1, help="Patients, each with one or two series.")] = 24,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     matrix: Annotated[int, typer.Option(min=64, help="Rows and columns of a slice.")] = 256,
     slice_thickness: Annotated[float, typer.Option(min=0.5, help="Distance between slices in mm.")] = 5.0,
     workers: Workers = None,
@@ -105,9 +105,7 @@ def predict(
     ],
     out: Annotated[Path, typer.Argument(help="Folder for one report per study and submission.csv.")],
     organ_weights: Annotated[Path, typer.Option(help="Weights of organ_ct_segmentation, model.pt.")],
-    trauma_weights: Annotated[
-        Path | None, typer.Option(help="Weights of trauma_ct_classification, model.pt.")
-    ] = None,
+    trauma_weights: Annotated[Path | None, typer.Option(help="Weights of trauma_ct_classification, model.pt.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant that the weights belong to.")] = None,
     ensemble: Annotated[
         Path | None, typer.Option(help="List of checkpoints, instead of --trauma-weights and --variant.")
@@ -189,8 +187,12 @@ def oof(
 
     result = collect_oof(predictions, solution)
     write_oof(result, out)
-    typer.echo(f"{result.patients} patients: score {result.score.score:.4f}, best constant {result.best_constant:.4f}")
-    typer.echo(f"scaled {result.scaled_score:.4f}; on patients that the factors were not fitted on {result.held_out_text}")
+    rows = {"score": result.score.score, "best constant": result.best_constant, "scaled": result.scaled_score}
+    if result.held_out_score is not None:
+        rows["scaled, held out"] = result.held_out_score
+    typer.echo(f"{result.patients} patients")
+    for name, value in rows.items():
+        typer.echo(f"{name:<18}{value:>15.4f}")
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ the hosts' metric notebook of 2023 (https://www.kaggle.com/code/metric/rsna-trau
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ __all__ = [
     "read_solution",
     "read_submission",
     "score_files",
+    "trauma_loss",
     "trauma_score",
 ]
 
@@ -138,6 +139,40 @@ def trauma_score(solution: pd.DataFrame, submission: pd.DataFrame) -> Score:
     predicted = _check_submission(submission)
     _check_same_rows(truth.index, predicted.index, "patient")
     return _score(truth, predicted.loc[truth.index])
+
+
+def trauma_loss(solution: pd.DataFrame) -> Callable[[Mapping[str, Any]], float]:
+    """The metric on these studies as a function of the columns alone: :func:`trauma_score` for those who fit to it.
+
+    Args:
+        solution: truth, see :func:`read_solution`.
+
+    Returns:
+        A function from the 13 columns, each an array with one positive value per study in the order of ``solution``, to
+        the score. The columns are not checked, which makes it a hundred times faster.
+    """
+    truth = _check_solution(solution)
+    rows = np.arange(len(truth))
+    classes = {group: _classes(truth, group) for group in GROUPS}
+    classes["any_injury"] = np.max([values > 0 for values in classes.values()], axis=0).astype(int)
+    weights = {part: _study_weights(part, values, truth) for part, values in classes.items()}
+    smallest = np.finfo(np.float64).eps  # where scikit-learn's log_loss clips
+
+    def log_loss_of(part: str, of_truth: np.ndarray) -> float:
+        return float(np.average(-np.log(np.clip(of_truth, smallest, 1 - smallest)), weights=weights[part]))
+
+    def loss(columns: Mapping[str, Any]) -> float:
+        losses = []
+        healthy = np.ones(len(truth))
+        for group, names in GROUPS.items():
+            p = np.stack([columns[name] for name in names], axis=1)
+            p = p / p.sum(axis=1, keepdims=True)
+            losses.append(log_loss_of(group, p[rows, classes[group]]))
+            healthy = np.minimum(healthy, p[:, 0])
+        losses.append(log_loss_of("any_injury", np.where(classes["any_injury"] == 1, 1 - healthy, healthy)))
+        return float(np.mean(losses))
+
+    return loss
 
 
 def best_constant(solution: pd.DataFrame) -> Score:

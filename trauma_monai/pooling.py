@@ -45,6 +45,9 @@ TARGETS_OF_GROUP = {
 }
 """What a model has to predict for a group of the competition to be assessed."""
 
+INJURY_COLUMNS = tuple(column for columns in GROUPS.values() for column in columns[1:])
+"""Columns that get factors. Healthy ones need none: only ratios within a group matter."""
+
 FAILED_AORTIC_HU = -1000.0
 """At or below it (the competition's table has -1024) the measurement in the aorta failed: it is not contrast."""
 
@@ -347,6 +350,7 @@ def fit_scales(
     loss: Callable[[Columns], float],
     start: Mapping[str, float] | None = None,
     max_evaluations: int = 2000,
+    names: Sequence[str] = INJURY_COLUMNS,
 ) -> ScaleColumns:
     """Fit one factor per injury column to a loss by Nelder-Mead, on predictions for studies not trained on.
 
@@ -355,6 +359,7 @@ def fit_scales(
         loss: what scaled columns cost, for instance the competition's metric.
         start: column -> factor to start from; 1 unless given.
         max_evaluations: of the loss.
+        names: the columns that get factors, all injuries unless given; a class that no study shows must not have one.
 
     Returns:
         The factors that were found, as post-processing.
@@ -362,8 +367,8 @@ def fit_scales(
     Source:
         3rd place, RSNA 2023 (see :class:`ScaleColumns`).
     """
-    # Healthy columns stay: only ratios within a group matter.
-    names = [column for group in GROUPS.values() for column in group[1:]]
+    if not names:
+        return ScaleColumns({})
     first = np.log([1.0 if start is None else start.get(name, 1.0) for name in names])
 
     def scales(log_factors: np.ndarray) -> ScaleColumns:
