@@ -11,7 +11,6 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from conftest import SHARED_DATA
 from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImage, LoadImaged, Orientationd
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
@@ -24,6 +23,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from conftest import SHARED_DATA
 from trauma_monai.dicom import DicomError, VolumeReader, discover_series, read_series
 
 needs_shared_data = pytest.mark.skipif(

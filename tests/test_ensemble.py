@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import BUNDLES
 from monai.data import MetaTensor
 
+from conftest import BUNDLES
 from trauma_monai.classifier import ORGAN_BUNDLE, TRAUMA_BUNDLE, TraumaClassifier, TraumaFlow
 from trauma_monai.ensemble import EnsembleClassifier, Member, read_ensemble
 from trauma_monai.pipeline import predict
@@ -205,9 +205,7 @@ def test_a_list_that_cannot_be_meant_is_refused(entries, message, tmp_path):
 
 def test_missing_checkpoints_are_counted_and_the_first_is_named():
     path = BUNDLES / TRAUMA_BUNDLE / "configs/ensembles/first_place_2023.yaml"
-    with pytest.raises(
-        FileNotFoundError, match=r"25 of 25 checkpoints .* organs_coat_m_unet_gru256_mask25_all"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"25 of 25 checkpoints .* organs_coat_m_unet_gru256_mask25_all"):
         read_ensemble(path)
 
 

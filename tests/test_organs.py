@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLES
 from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.transforms import Compose, Invertd, Orientationd
 
+from conftest import BUNDLES
 from trauma_monai.networks import InflatedUNet
 from trauma_monai.organs import (
     NameBySeriesd,
@@ -60,6 +60,13 @@ def test_a_label_map_takes_the_pixel_under_the_new_centre() -> None:
     # From 6 pixels to 2: the new centres, 1.5 and 4.5 pixels from the edge, lie in the old pixels 1 and 4.
     row = torch.tensor([0, 5, 0, 0, 3, 0], dtype=torch.uint8).expand(1, 1, 6, 6)
     assert ResizeSlicesd("label", size=2, mode="nearest")({"label": volume(row)})["label"][0, 0, 0].tolist() == [5, 3]
+
+
+def test_at_even_factors_a_label_map_does_not_shift() -> None:
+    # From 8 pixels to 4 each centre lies between two old pixels: the one behind and the one before, in turn.
+    row = torch.arange(8, dtype=torch.uint8).expand(1, 1, 8, 8)
+    resized = ResizeSlicesd("label", size=4, mode="nearest")({"label": volume(row)})["label"]
+    assert resized[0, 0, 0].tolist() == [1, 2, 5, 6]
 
 
 def test_affine_says_where_the_new_pixel_centres_lie_in_the_patient() -> None:

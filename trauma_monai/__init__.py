@@ -101,17 +101,17 @@ _COMPONENTS = {
     ),
     "ensemble": ("EnsembleClassifier",),
     "runs": (
+        "PretrainedEncoder",
         "SaveMetrics",
         "SaveProbabilities",
         "StepWithOptimizer",
         "TrainingState",
         "series_items",
-        "start_encoder",
     ),
 }
 _MODULE_OF = {name: module for module, names in _COMPONENTS.items() for name in names}
 
-__all__ = ["__version__", *sorted(_MODULE_OF)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_MODULE_OF)]
 
 
 def __getattr__(name: str) -> Any:

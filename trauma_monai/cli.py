@@ -79,11 +79,12 @@ def prepare(
     workers: Workers = None,
     folds: Annotated[int, typer.Option(min=2, help="Parts that the patients are split into.")] = 4,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, to use a cluster.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Prepare again what OUT already holds.")] = False,
 ) -> None:
     """Check every series and write it as a volume that is fast to read. Run it again to go on where it stopped."""
     from trauma_monai.prepare import prepare as prepare_dataset
 
-    prepare_dataset(rsna_dir, out, workers=workers, folds=folds, scheduler=scheduler)
+    prepare_dataset(rsna_dir, out, workers=workers, folds=folds, scheduler=scheduler, overwrite=overwrite)
 
 
 @app.command()
@@ -91,11 +92,14 @@ def segment(
     out: Annotated[Path, typer.Argument(help="Folder that 'prepare' wrote.")],
     weights: Annotated[Path, typer.Option(help="Weights of organ_ct_segmentation, model.pt.")],
     variant: Annotated[str | None, typer.Option(help="Variant of the bundle that the weights belong to.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU by default, where there is one.")
+    ] = None,
 ) -> None:
     """Fill in organ masks for the prepared series that have none."""
     from trauma_monai.prepare import segment as segment_dataset
 
-    segment_dataset(out, weights, variant=variant)
+    segment_dataset(out, weights, variant=variant, device=device)
 
 
 @app.command()

@@ -169,8 +169,15 @@ def _interpolate_slices(volume: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _nearest_index(old_length: int, new_length: int) -> torch.Tensor:
-    """For each of ``new_length`` pixels across an edge, the old pixel under its centre; exact in integers."""
-    return ((2 * torch.arange(new_length) + 1) * old_length) // (2 * new_length)
+    """For each of ``new_length`` pixels along an axis, the old pixel under its centre; exact in integers.
+
+    A centre on the border of two old pixels (all are, at even factors) takes the one behind it and the one before it
+    in turn: always the same one would shift organs by half a pixel.
+    """
+    pixels = torch.arange(new_length)
+    twice_centre = (2 * pixels + 1) * old_length
+    on_border = twice_centre % (2 * new_length) == 0
+    return twice_centre // (2 * new_length) - (on_border & (pixels % 2 == 1)).long()
 
 
 class OrganLabelMapd(MapTransform):

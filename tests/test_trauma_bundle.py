@@ -1,0 +1,214 @@
+"""The trauma bundle as its users run it: training, evaluation, inference, in parallel, and interrupted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from conftest import BUNDLES
+from trauma_monai.networks import load_weights
+from trauma_monai.runs import series_items
+from trauma_monai.targets import SUBMISSION_COLUMNS, TARGETS
+
+BUNDLE = BUNDLES / "trauma_ct_classification"
+CONFIGS = BUNDLE / "configs"
+
+# The demo variant, made smaller still.
+TINY = {
+    "image_size": 32,
+    "num_groups": 4,
+    "hidden_size": 8,
+    "epochs": 1,
+    "val_interval": 1,
+    "device": "cpu",
+    "amp": False,
+}
+
+
+def write_series(folder: Path, patient: int) -> dict[str, Any]:
+    """Write a 24 x 24 x 12 volume with organs and return its item; every second patient has an injured liver."""
+    rng = np.random.default_rng(patient)
+    hu = rng.normal(40, 10, (24, 24, 12)).astype(np.int16)
+    codes = np.zeros(hu.shape, dtype=np.uint8)
+    for code in range(1, 6):
+        codes[3 * code : 3 * code + 3, 6:18, 2:10] = code
+    injured = patient % 2
+    if injured:
+        hu[3:6, 10:14, 4:8] -= 60
+    affine = np.diag([-2.0, -2.0, 5.0, 1.0])
+    item: dict[str, Any] = {}
+    for kind, array in (("images", hu), ("organs", codes)):
+        path = folder / kind / f"{patient}_1.nii"
+        path.parent.mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(array, affine), path)
+        item["image" if kind == "images" else kind] = f"{kind}/{path.name}"
+    label = {name: int(injured and name in ("liver_injury", "liver_low", "extravasation_injury")) for name in TARGETS}
+    frames = {"bowel_injury": [], "extravasation_injury": [4, 5] if injured else []}
+    return item | {
+        "label": label,
+        "frame_labels": frames,
+        "patient_id": str(patient),
+        "series_id": "1",
+        "fold": patient // 2 % 2,
+        "aortic_hu": None,
+        "num_slices": 12,
+    }
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    items = [write_series(folder, patient) for patient in range(8)]
+    (folder / "datalist.json").write_text(json.dumps({"training": items, "test": []}))
+    return folder
+
+
+def arguments(prepared: Path, out: Path, **more: Any) -> dict[str, Any]:
+    paths = {"bundle_root": str(BUNDLE), "dataset_dir": str(prepared), "output_dir": str(out), "ckpt_dir": str(out)}
+    return TINY | paths | more
+
+
+def command(run_id: str | None, files: list[str], **overrides: Any) -> list[str]:
+    paths = ",".join(f"'{CONFIGS / file}'" for file in files)
+    return [
+        *("-m", "monai.bundle", "run", *([run_id] if run_id else [])),
+        *("--config_file", f"[{paths}]"),
+        *(text for name, value in overrides.items() for text in (f"--{name}", str(value))),
+    ]
+
+
+def execute(arguments: list[str], folder: Path) -> str:
+    """Run Python in ``folder``, from where no path of the project is visible but by PYTHONPATH."""
+    environment = os.environ | {
+        "PYTHONPATH": str(BUNDLES.parent),
+        "OMP_NUM_THREADS": "1",
+        "MONAI_FAIL_ON_DUPLICATE_CONFIG": "1",
+    }
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def workflow(files: list[str], workflow_type: str = "train", **overrides: Any) -> ConfigWorkflow:
+    return ConfigWorkflow(
+        config_file=[str(CONFIGS / file) for file in files],
+        meta_file=str(CONFIGS / "metadata.json"),
+        logging_file=False,
+        workflow_type=workflow_type,
+        **overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training that the command line made, started in another folder than the project's."""
+    out = tmp_path_factory.mktemp("trained")
+    execute(command("training", ["train.yaml", "variants/demo.yaml"], **arguments(prepared, out)), out)
+    return out
+
+
+def test_training_saves_the_deployed_network_alone(trained: Path) -> None:
+    overrides = {name: TINY[name] for name in ("image_size", "num_groups", "hidden_size")}
+    parser = ConfigParser(ConfigParser.load_config_files([CONFIGS / "inference.yaml", CONFIGS / "variants/demo.yaml"]))
+    parser.update(overrides)
+    for name in ("model.pt", "model_last.pt"):
+        load_weights(parser.get_parsed_content("network_def"), trained / name)
+    state = torch.load(trained / "training_state.pt", weights_only=True)
+    assert set(state) == {"network", "optimizer", "lr_scheduler", "trainer"}
+
+
+def test_run_is_the_job_that_the_overlay_names() -> None:
+    parser = ConfigParser(ConfigParser.load_config_files([CONFIGS / "train.yaml", CONFIGS / "evaluate.yaml"]))
+    parser.resolve_macro_and_relative_ids()
+    assert parser["training"] == parser["evaluating"] == parser["run"]
+
+
+def test_evaluation_writes_metrics_and_predictions(prepared: Path, trained: Path) -> None:
+    files = ["train.yaml", "variants/demo.yaml", "evaluate.yaml"]
+    evaluation = workflow(files, **arguments(prepared, trained, fold=-1))
+    evaluation.initialize()
+    assert not evaluation.check_properties()
+    evaluation.run()
+    metrics = json.loads((trained / "metrics.json").read_text())
+    parts = ["bowel", "extravasation", "kidney", "liver", "spleen", "any_injury"]
+    assert metrics["trauma_score"] == pytest.approx(np.mean([metrics[part] for part in parts]))
+    assert 0 <= metrics["auc_liver_injury"] <= 1
+    assert metrics["auc_bowel_injury"] is None
+    with (trained / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["patient_id"] for row in rows] == [str(patient) for patient in range(8)]
+    assert list(rows[0])[3:] == list(TARGETS)
+
+
+def test_inference_writes_the_competition_columns_of_each_patient(prepared: Path, trained: Path) -> None:
+    run = arguments(prepared, trained)
+    execute(command(None, ["inference.yaml", "variants/demo.yaml"], **run), trained)
+    record = json.loads((trained / "probabilities.json").read_text())
+    assert set(record) == {str(patient) for patient in range(8)}
+    assert list(record["3"]["probabilities"]) == list(SUBMISSION_COLUMNS)
+    assert record["3"]["series"] == ["1"]
+    # The same network on the same series: evaluation and inference agree.
+    with (trained / "predictions.csv").open() as file:
+        of_patient = {row["patient_id"]: row for row in csv.DictReader(file)}
+    assert record["3"]["targets"]["liver_low"] == pytest.approx(float(of_patient["3"]["liver_low"]), abs=1e-6)
+
+
+def test_an_interrupted_training_goes_on_where_it_stopped(prepared: Path, trained: Path) -> None:
+    files = ["train.yaml", "variants/demo.yaml"]
+    training = workflow(files, **arguments(prepared, trained, resume=True, epochs=2))
+    training.initialize()
+    assert not training.check_properties()
+    training.run()
+    assert training.trainer.state.epoch == 2
+    steps_per_epoch = len(training.trainer.data_loader)
+    assert training.parser.get_parsed_content("lr_scheduler").last_epoch == 2 * steps_per_epoch
+
+
+def test_the_schedule_counts_steps_of_the_optimizer_not_batches(prepared: Path, tmp_path: Path) -> None:
+    """Fold 1 leaves 4 windows, 2 of injured patients: an epoch of 4 batches of 1, and 2 steps of 2 batches."""
+    overrides = arguments(prepared, tmp_path, fold=1, batch_size=1, accumulation_steps=2, schedule_factor=2.0)
+    training = workflow(["train.yaml", "variants/demo.yaml"], **overrides)
+    training.initialize()
+    training.run()
+    schedule = training.parser.get_parsed_content("lr_scheduler")
+    assert (schedule.last_epoch, schedule.t_total) == (2, 4)
+    # Half way through the cosine.
+    assert schedule.get_last_lr()[0] == pytest.approx(training.parser.get_parsed_content("lr") / 2)
+
+
+def test_two_processes_train_and_evaluate_together(prepared: Path, tmp_path: Path) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = arguments(prepared, tmp_path)
+    run.pop("device")  # the overlay names one per process
+    files = ["train.yaml", "variants/demo.yaml", "multi_gpu_train.yaml"]
+    execute([*launch, *command("training", files, **run)], tmp_path)
+    assert (tmp_path / "model.pt").is_file()
+    files = ["train.yaml", "variants/demo.yaml", "evaluate.yaml", "multi_gpu_evaluate.yaml"]
+    execute([*launch, *command(None, files, **run, fold=-1)], tmp_path)
+    with (tmp_path / "predictions.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 8
+
+
+def test_series_are_listed_from_a_prepared_set_and_from_nifti_files(prepared: Path) -> None:
+    from_list, from_files = series_items(prepared), series_items(prepared / "images")
+    assert set(from_list[0]) == {"image", "organs", "patient_id", "series_id"}
+    assert from_files[0]["patient_id"] == "0_1"
+    assert "organs" not in from_files[0]
+
+
+def test_a_folder_without_ct_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no CT series in"):
+        series_items(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        series_items(tmp_path / "nowhere")
