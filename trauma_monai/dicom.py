@@ -53,6 +53,9 @@ SAME_POSITION_MM = 0.01
 SAME_ORIENTATION = 1e-3
 """Difference of direction cosines that counts as rounding (0.06 degrees)."""
 
+NIFTI = (".nii", ".nii.gz")
+"""Endings of NIfTI files."""
+
 _DIRECTORY_FILE = "DICOMDIR"
 _DAMAGED = "damaged DICOM file"
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -460,7 +463,7 @@ def _open(paths: Sequence[Path]) -> tuple[torch.Tensor, np.ndarray]:
     if len(paths) > 1 or path.is_dir():
         volume = read_series(paths if len(paths) > 1 else path)
         return torch.from_numpy(volume.array), volume.affine
-    if path.name.lower().endswith((".nii", ".nii.gz")):
+    if path.name.lower().endswith(NIFTI):
         image: Any = nib.load(path)
         return _nifti_tensor(image), np.asarray(image.affine, dtype=np.float64)
     if pydicom.misc.is_dicom(path):

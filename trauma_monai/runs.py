@@ -14,6 +14,7 @@ from ignite.handlers import Checkpoint
 from torch.optim.lr_scheduler import LRScheduler
 
 from trauma_monai.datalist import DATALIST, load_datalist
+from trauma_monai.dicom import NIFTI, discover_series
 from trauma_monai.networks import SliceSequenceNet, create_encoder
 from trauma_monai.pooling import SubmissionColumns, pool_series
 
@@ -25,8 +26,6 @@ __all__ = [
     "TrainingState",
     "series_items",
 ]
-
-NIFTI = (".nii", ".nii.gz")
 
 
 def series_items(dataset_dir: str | Path) -> list[dict[str, Any]]:
@@ -69,8 +68,6 @@ def _section(folder: Path, section: str) -> list[dict[str, Any]]:
 
 
 def _dicom_items(folder: Path) -> list[dict[str, Any]]:
-    from trauma_monai.dicom import discover_series
-
     found, rejected = discover_series(folder)
     if not found:
         reasons = sorted({item.reason for item in rejected})

@@ -15,11 +15,9 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from monai.utils import MetaKeys, SpaceKeys
 
-from trauma_monai.dicom import SeriesFiles, VolumeReader, discover_series, read_series
+from trauma_monai.dicom import NIFTI, SeriesFiles, VolumeReader, discover_series, read_series
 
 __all__ = ["LeftOut", "Scan", "StudyFiles", "find_studies", "read_scan", "source_files"]
-
-NIFTI = (".nii", ".nii.gz")
 
 
 class LeftOut(NamedTuple):
