@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,7 @@ def test_training_saves_the_deployed_network_alone(trained: Path) -> None:
     for name in ("model.pt", "model_last.pt"):
         load_weights(parser.get_parsed_content("network_def"), trained / name)
     state = torch.load(trained / "training_state.pt", weights_only=True)
-    assert set(state) == {"network", "optimizer", "lr_scheduler", "trainer"}
+    assert set(state) == {"network", "optimizer", "lr_scheduler", "trainer", "best"}
 
 
 def test_run_is_the_job_that_the_overlay_names() -> None:
@@ -173,6 +175,27 @@ def test_an_interrupted_training_goes_on_where_it_stopped(prepared: Path, traine
     assert training.trainer.state.epoch == 2
     steps_per_epoch = len(training.trainer.data_loader)
     assert training.parser.get_parsed_content("lr_scheduler").last_epoch == 2 * steps_per_epoch
+
+
+def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(prepared: Path, tmp_path: Path) -> None:
+    files = ["train.yaml", "variants/demo.yaml"]
+    more = {"epochs": 4, "num_workers": 1, "prob_flip_x": 0.5}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    execute(command("training", files, **arguments(prepared, whole, **more)), tmp_path)
+
+    run = command("training", files, **arguments(prepared, killed, **more))
+    environment = os.environ | {"PYTHONPATH": str(BUNDLES.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *run], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    while not (killed / "training_state.pt").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the training ended before it could be killed"
+
+    execute([*run, "--resume", "True"], tmp_path)
+    for name in ("model.pt", "model_last.pt"):
+        expected = torch.load(whole / name, weights_only=True)
+        for key, tensor in torch.load(killed / name, weights_only=True).items():
+            torch.testing.assert_close(tensor, expected[key], rtol=0, atol=0)
 
 
 def test_the_schedule_counts_steps_of_the_optimizer_not_batches(prepared: Path, tmp_path: Path) -> None:

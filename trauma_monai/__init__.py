@@ -100,12 +100,18 @@ _COMPONENTS = {
         "write_oof",
     ),
     "ensemble": ("EnsembleClassifier",),
-    "runs": (
+    "training": (
+        "EpochSeeds",
         "PretrainedEncoder",
+        "SaveBest",
+        "StepWithOptimizer",
+        "StopEarly",
+        "TrainingProgress",
+        "TrainingState",
+    ),
+    "runs": (
         "SaveMetrics",
         "SaveProbabilities",
-        "StepWithOptimizer",
-        "TrainingState",
         "series_items",
     ),
 }

@@ -10,20 +10,14 @@ from typing import Any, Literal, cast
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint
-from torch.optim.lr_scheduler import LRScheduler
 
 from trauma_monai.datalist import DATALIST, load_datalist
 from trauma_monai.dicom import NIFTI, discover_series
-from trauma_monai.networks import SliceSequenceNet, create_encoder
 from trauma_monai.pooling import SubmissionColumns, pool_series
 
 __all__ = [
-    "PretrainedEncoder",
     "SaveMetrics",
     "SaveProbabilities",
-    "StepWithOptimizer",
-    "TrainingState",
     "series_items",
 ]
 
@@ -80,106 +74,6 @@ def _dicom_items(folder: Path) -> list[dict[str, Any]]:
         }
         for series in found
     ]
-
-
-class StepWithOptimizer:
-    """Step a learning rate schedule whenever its optimizer steps, not once per batch or epoch.
-
-    With gradient accumulation an optimizer steps once in several batches; the published schedules count its steps.
-    A step that mixed precision skips does not count.
-
-    Args:
-        lr_scheduler: the schedule.
-    """
-
-    def __init__(self, lr_scheduler: LRScheduler) -> None:
-        self.lr_scheduler = lr_scheduler
-
-    def attach(self, engine: Engine) -> None:
-        """Follow the optimizer from the start of the engine's run to its end."""
-        engine.add_event_handler(Events.STARTED, self._follow)
-
-    def _follow(self, engine: Engine) -> None:
-        handle = self.lr_scheduler.optimizer.register_step_post_hook(lambda *_: self.lr_scheduler.step())
-        engine.add_event_handler(Events.COMPLETED, handle.remove)
-
-
-class TrainingState:
-    """Save all that a training needs to go on after each epoch, and go on from it.
-
-    The deployable weights of the bundle hold the network alone; this file also holds the optimizer, the schedule, the
-    loss scaler of mixed precision and the count of epochs.
-
-    Args:
-        path: file of the state; replaced at once, so that an interruption leaves the last whole one.
-        objects: name -> what has a ``state_dict``: training network, optimizer, schedule.
-        resume: go on from the file.
-        save: write the file; in parallel training one process does.
-
-    Raises:
-        FileNotFoundError: when there is nothing to go on from.
-    """
-
-    def __init__(self, path: str | Path, objects: Mapping[str, Any], resume: bool = False, save: bool = True) -> None:
-        self.path = Path(path)
-        self.objects = dict(objects)
-        self.save = save
-        if resume and not self.path.is_file():
-            raise FileNotFoundError(f"no training state at {self.path} to go on from; train without `resume` first.")
-        self.resume = resume
-
-    def attach(self, engine: Engine) -> None:
-        """Load when the trainer starts, save when an epoch ends."""
-        objects = {**self.objects, "trainer": engine}
-        if (scaler := getattr(engine, "scaler", None)) is not None:
-            objects["scaler"] = scaler
-        if self.resume:
-            engine.add_event_handler(Events.STARTED, self._load, engine, objects)
-        if self.save:
-            engine.add_event_handler(Events.EPOCH_COMPLETED, self._save, objects)
-
-    def _load(self, engine: Engine, objects: Mapping[str, Any]) -> None:
-        max_epochs = engine.state.max_epochs
-        Checkpoint.load_objects(dict(objects), torch.load(self.path, map_location="cpu", weights_only=True))
-        # The epochs of this run count, not those that the interrupted one was to take.
-        engine.state.max_epochs = max_epochs
-
-    def _save(self, objects: Mapping[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        torch.save({name: thing.state_dict() for name, thing in objects.items()}, partial)
-        partial.replace(self.path)
-
-
-class PretrainedEncoder:
-    """Start a network's encoder from timm's published weights when training starts.
-
-    Training does this, not the network: one that is built for deployment never downloads anything.
-
-    Args:
-        network: the network, as built.
-        encoder: timm model name of its encoder.
-        image_size: pixels that it was built for.
-        channels: slices per group.
-
-    Raises:
-        RuntimeError: when training starts and the weights cannot be had.
-    """
-
-    def __init__(self, network: SliceSequenceNet, encoder: str, image_size: int, channels: int) -> None:
-        self.network = network
-        self.encoder = encoder
-        self.image_size = image_size
-        self.channels = channels
-
-    def attach(self, engine: Engine) -> None:
-        """Load when the trainer starts."""
-        engine.add_event_handler(Events.STARTED, self)
-
-    def __call__(self) -> None:
-        """Load the weights."""
-        published = create_encoder(self.encoder, True, self.image_size, self.channels)
-        self.network.encoder.load_state_dict(published.state_dict())
 
 
 class SaveMetrics:
