@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from monai.data import ImageReader
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage
 
 from trauma_monai.pixels import DicomError, read_hu
@@ -60,31 +62,21 @@ _DIRECTORY_FILE = "DICOMDIR"
 _DAMAGED = "damaged DICOM file"
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-_SERIES_TAGS = [
-    "SOPClassUID",
-    "PatientID",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "Modality",
-    "ImageType",
-]
-_GEOMETRY_TAGS = ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns"]
-_SLICE_TAGS = [
+_GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
+_SERIES_TAGS = tuple(
+    Tag(name)
+    for name in ("SOPClassUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "ImageType")
+)
+_SLICE_TAGS = (
     *_SERIES_TAGS,
-    *_GEOMETRY_TAGS,
-    *(
-        "SOPInstanceUID",
-        "InstanceNumber",
-        "BitsAllocated",
-        "BitsStored",
-        "HighBit",
-        "PixelRepresentation",
-        "SamplesPerPixel",
-    ),
-    *("PhotometricInterpretation", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "RescaleType"),
-    *("PixelPaddingValue", "PixelPaddingRangeLimit", "PixelData"),
-    *("KVP", "SliceThickness", "ConvolutionKernel", "Manufacturer", "ManufacturerModelName", "ContrastBolusAgent"),
-]
+    *(Tag(name) for name in ("SOPInstanceUID", "InstanceNumber", *_GEOMETRY)),
+    *(Tag(name) for name in ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel")),
+    *(Tag(name) for name in ("PhotometricInterpretation", "NumberOfFrames")),
+    *(Tag(name) for name in ("RescaleSlope", "RescaleIntercept", "RescaleType")),
+    *(Tag(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit", "PixelData")),
+    *(Tag(name) for name in ("KVP", "SliceThickness", "ConvolutionKernel", "ContrastBolusAgent")),
+    *(Tag(name) for name in ("Manufacturer", "ManufacturerModelName")),
+)
 
 
 class Rejected(NamedTuple):
@@ -250,10 +242,13 @@ def _series_key(path: Path, header: Dataset) -> tuple[str, str, str, str]:
     return _text(header, "PatientID"), _text(header, "StudyInstanceUID"), uid, "" if uid else str(path.parent)
 
 
-def _read_header(path: Path, tags: list[str], stop_before_pixels: bool) -> tuple[Dataset | None, str]:
+def _read_header(path: Path, tags: Sequence[BaseTag], stop_before_pixels: bool) -> tuple[Dataset | None, str]:
     """Read one file; None and the reason when it holds no CT slice."""
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=stop_before_pixels, specific_tags=list(tags))
+        # pydicom asks for its place in the file at every element, which a buffer in memory answers at no cost.
+        file = path.open("rb") if stop_before_pixels else BytesIO(path.read_bytes())
+        with file:
+            header = pydicom.dcmread(file, stop_before_pixels=stop_before_pixels, specific_tags=list(tags))
     except InvalidDicomError:
         return None, "not a DICOM file"
     except (OSError, ValueError, KeyError, EOFError, AttributeError) as error:
@@ -281,7 +276,7 @@ def _read_slices(series: SeriesFiles | str | Path | Sequence[str | Path]) -> lis
             continue
         if slices and _series_key(path, header) != _series_key(*slices[0]):
             raise DicomError(f"{path.name} belongs to another series than {slices[0][0].name}; expected one series.")
-        if missing := [tag for tag in _GEOMETRY_TAGS if not header.get(tag)]:
+        if missing := [tag for tag in _GEOMETRY if not header.get(tag)]:
             raise DicomError(f"{path.name}: no {', '.join(missing)}; the slice's place in space is unknown.")
         slices.append((path, header))
     if not slices:

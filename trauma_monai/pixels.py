@@ -61,17 +61,23 @@ def read_hu(header: Dataset, out: np.ndarray) -> bool:
     if header.get("PhotometricInterpretation") == "MONOCHROME1":
         stored, inverted = _as_monochrome2(stored, header, slope, intercept)
     padding = _padding(stored, header, slope, intercept)
-    inside = stored if padding is None else stored[~padding]
-    if inside.size:
-        _check_range(float(inside.min()) * slope + intercept, float(inside.max()) * slope + intercept)
+    if padding is not None:
+        if padding.all():
+            out.fill(AIR_HU)
+            return inverted
+        # The first value that is none takes the place of padding: much faster than to select the others.
+        stored = np.where(padding, stored.flat[padding.argmin()], stored)
+    lowest, highest = sorted(float(value) * slope + intercept for value in (stored.min(), stored.max()))
+    _check_range(lowest, highest)
     if slope == 1 and intercept.is_integer():
         # 16-bit addition wraps around, so that it is exact for unsigned values too: the result is known to fit.
         np.add(stored.view(np.int16), np.int16(int(intercept)), out=out)
     else:
         out[:] = np.rint(stored * slope + intercept).clip(*HU_RANGE).astype(np.int16)
     if padding is not None:
-        out[padding] = AIR_HU
-    _check_plausible(out)
+        np.copyto(out, AIR_HU, where=padding)
+    if lowest < PLAUSIBLE_HU[0] or highest > PLAUSIBLE_HU[1]:
+        _check_plausible(out)
     return inverted
 
 
@@ -180,11 +186,8 @@ def _check_range(lowest: float, highest: float) -> None:
 
 def _check_plausible(hu: np.ndarray) -> None:
     """Refuse noise: what decoders make of a damaged JPEG stream, without an error."""
-    lowest = hu.min()
-    if lowest >= PLAUSIBLE_HU[0] and hu.max() <= PLAUSIBLE_HU[1]:
-        return
     # The lowest value is the fill outside the field of view.
-    implausible = float(np.mean(((hu < PLAUSIBLE_HU[0]) & (hu != lowest)) | (hu > PLAUSIBLE_HU[1])))
+    implausible = float(np.mean(((hu < PLAUSIBLE_HU[0]) & (hu != hu.min())) | (hu > PLAUSIBLE_HU[1])))
     if implausible > MAX_IMPLAUSIBLE:
         raise DicomError(
             f"{implausible:.0%} of the values lie outside {PLAUSIBLE_HU[0]} to {PLAUSIBLE_HU[1]} HU: damaged pixel data"
