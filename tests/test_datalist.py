@@ -100,3 +100,13 @@ def test_equidistant_slices_are_one_window():
 def test_window_items_need_the_number_of_slices():
     with pytest.raises(KeyError, match="lack 'num_slices'"):
         window_items([{"image": "a.nii"}])
+
+
+def test_an_unknown_contrast_phase_becomes_nan(dataset_dir):
+    """Batches cannot hold None, and the pooling of series takes NaN for unknown."""
+    content = json.loads((dataset_dir / "datalist.json").read_text())
+    content["training"][0]["aortic_hu"] = None
+    content["training"][1]["aortic_hu"] = 180.5
+    (dataset_dir / "datalist.json").write_text(json.dumps(content))
+    values = [item["aortic_hu"] for item in load_datalist(dataset_dir, "all")]
+    assert values == pytest.approx([float("nan"), 180.5, float("nan")], nan_ok=True)

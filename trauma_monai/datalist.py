@@ -41,7 +41,8 @@ def load_datalist(
         require: keys that every item must have. Organ masks by default: a flow that makes its own masks passes ``[]``.
 
     Returns:
-        Items as in datalist.json, with the paths of ``image`` and ``organs`` made absolute.
+        Items as in datalist.json, with the paths of ``image`` and ``organs`` made absolute, and NaN for an
+        ``aortic_hu`` that is not known (batches cannot hold None).
 
     Raises:
         FileNotFoundError: when there is no datalist.json.
@@ -59,7 +60,7 @@ def load_datalist(
         raise ValueError(f"section {section!r} (fold {fold}) of {path} is empty; rejected.csv beside it may say why.")
     for key in require:
         _check_has(key, items)
-    return [_with_absolute_paths(item, path.parent) for item in items]
+    return [_as_sample(item, path.parent) for item in items]
 
 
 def organ_items(dataset_dir: str | Path, section: str = "train", fold: int = 0) -> list[dict[str, Any]]:
@@ -141,5 +142,7 @@ def _check_has(key: str, items: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _with_absolute_paths(item: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    return {key: str(folder / value) if key in ("image", "organs") else value for key, value in item.items()}
+def _as_sample(item: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    paths = {key: str(folder / item[key]) for key in ("image", "organs") if key in item}
+    aortic_hu = item.get("aortic_hu")
+    return {**item, **paths, "aortic_hu": float("nan") if aortic_hu is None else aortic_hu}
