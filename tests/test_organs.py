@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor, decollate_batch, list_data_collate
-from monai.transforms import Compose, Invertd, Orientationd
+from monai.transforms import Compose, Invertd, Orientationd, SaveImaged
 
 from conftest import BUNDLES
 from trauma_monai.networks import InflatedUNet
@@ -281,10 +282,14 @@ def test_dice_is_reported_per_organ_and_absent_organs_do_not_count() -> None:
     assert engine.state.metrics["val_mean_dice"] == pytest.approx(5 / 6)
 
 
-def test_a_saved_map_is_named_after_its_series_if_it_has_one() -> None:
-    pred = MetaTensor(torch.zeros(1, 1, 1, 1), meta={"filename_or_obj": "IM0001.dcm"})
-    assert NameBySeriesd("pred")({"pred": pred})["pred"].meta["filename_or_obj"] == "IM0001.dcm"
-    assert NameBySeriesd("pred")({"pred": pred, "series_id": "7.8"})["pred"].meta["filename_or_obj"] == "7.8"
+def test_a_saved_map_is_named_after_its_series_if_it_has_one(tmp_path: Path) -> None:
+    """Series of one study differ in the last part of their UID only."""
+    save = SaveImaged("pred", output_dir=tmp_path, output_postfix="organs", separate_folder=False, print_log=False)
+    for series in ({"series_id": "1.2.7"}, {"series_id": "1.2.8"}, {}):
+        pred = MetaTensor(torch.zeros(1, 2, 2, 2), meta={"filename_or_obj": "IM0001.dcm"})
+        save(NameBySeriesd("pred")({"pred": pred, **series}))
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["1.2.7_organs.nii.gz", "1.2.8_organs.nii.gz", "IM0001_organs.nii.gz"]
 
 
 # ---- OrganSegmenter, SegmentOrgansd ----
@@ -355,6 +360,17 @@ def test_masks_that_are_there_are_kept_and_missing_ones_made(bundle: Path) -> No
     assert [step["class"] for step in sample["organs"].applied_operations] == ["Orientation"]
 
 
-def test_a_sample_without_masks_needs_weights() -> None:
-    with pytest.raises(ValueError, match="no 'organs' and no organ weights"):
-        SegmentOrgansd()({"image": volume(torch.zeros(1, 2, 2, 2))})
+def test_weights_that_are_not_named_are_the_bundles_own(bundle: Path, tmp_path: Path) -> None:
+    trained = tmp_path / "organ_ct_segmentation"
+    shutil.copytree(bundle, trained)
+    (trained / "models").mkdir()
+    (trained / "weights.pt").rename(trained / "models/model.pt")
+    image = random_hu(1, 20, 20, 6, affine=np.diag([-1.0, -1.0, 4.0, 1.0]))
+    named = SegmentOrgansd(bundle_root=bundle, weights=bundle / "weights.pt", variant="tiny", device="cpu")
+    own = SegmentOrgansd(bundle_root=trained, variant="tiny", device="cpu")
+    assert torch.equal(own({"image": image})["organs"], named({"image": image})["organs"])
+
+
+def test_a_sample_without_masks_needs_weights(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no 'organs' and there are no organ weights at .*/models/model\.pt"):
+        SegmentOrgansd(bundle_root=tmp_path)({"image": volume(torch.zeros(1, 2, 2, 2))})

@@ -47,6 +47,7 @@ _COMPONENTS = {
         "UNetMaskDecoder",
         "WithOrganMasks",
         "create_encoder",
+        "for_inference",
         "inflate",
         "load_weights",
     ),

@@ -108,21 +108,22 @@ class TraumaFlow:
         bundle_root: folder of the bundle.
         variant: which variant; None for the bundle as it stands.
         device: where the network runs.
+        fast: see :func:`trauma_monai.for_inference`.
 
     Raises:
         ValueError: for an unknown variant.
     """
 
-    def __init__(self, bundle_root: Path, variant: str | None, device: torch.device) -> None:
+    def __init__(self, bundle_root: Path, variant: str | None, device: torch.device, fast: bool = False) -> None:
         self.config: dict[str, Any] = ConfigParser.load_config_files(config_files(bundle_root, variant))
-        self.config |= {"bundle_root": str(bundle_root), "device": str(device)}
+        self.config |= {"bundle_root": str(bundle_root), "device": str(device), "fast": fast}
         self.device = device
         parser = self._parse()
         self.targets: tuple[str, ...] = tuple(parser.get_parsed_content("targets"))
         self.organs: tuple[str, ...] = tuple(parser.get_parsed_content("organs"))
         self.series_mode: Literal["max", "mean"] = parser.get("series_mode", "max")
         # Volume and masks are in memory already: what reads or makes them is left out, as MONAI Deploy does.
-        steps = parser.get_parsed_content("preprocessing").transforms
+        steps = parser.get_parsed_content("preprocessing").flatten().transforms
         made_before = (LoadImaged, EnsureChannelFirstd, SegmentOrgansd)
         self.preprocessing = Compose([step for step in steps if not isinstance(step, made_before)])
         self.postprocessing = parser.get_parsed_content("postprocessing")
@@ -131,7 +132,7 @@ class TraumaFlow:
 
     def build_network(self) -> torch.nn.Module:
         """Build a network with random weights. Nothing else holds on to it."""
-        return self._parse().get_parsed_content("network_def").to(self.device).eval()
+        return self._parse().get_parsed_content("network").eval()
 
     def text_of(self, entry: str) -> str:
         """Return an entry of the config with all that it refers to: equal texts make equal components."""
@@ -180,13 +181,16 @@ class TraumaClassifier:
         weights: state dict of its network.
         variant: variant that the weights belong to; None for the bundle as it stands.
         device: where the network runs.
+        fast: see :func:`trauma_monai.for_inference`.
 
     Raises:
         ValueError: for an unknown variant, or weights of another network.
     """
 
-    def __init__(self, bundle_root: Path, weights: Path, variant: str | None, device: torch.device) -> None:
-        self.flow = TraumaFlow(bundle_root, variant, device)
+    def __init__(
+        self, bundle_root: Path, weights: Path, variant: str | None, device: torch.device, fast: bool = False
+    ) -> None:
+        self.flow = TraumaFlow(bundle_root, variant, device, fast)
         self.series_mode = self.flow.series_mode
         self.network = load_weights(self.flow.build_network(), weights)
 
@@ -212,6 +216,7 @@ def load_models(
     organ_variant: str | None,
     device: str,
     bundles_dir: Path | str | None,
+    fast: bool = False,
 ) -> Models:
     """Build both bundles with their weights; see :func:`trauma_monai.pipeline.predict` for the arguments and errors."""
     organ_root, trauma_root = find_bundles(bundles_dir)
@@ -224,10 +229,11 @@ def load_models(
         "organ_variant": organ_variant or "default",
         "organ_weights": name_with_checksum(organ_weights),
         "trauma_weights": name_with_checksum(trauma_weights),
+        **({"arithmetic": "fast"} if fast else {}),
     }
     where = find_device(device)
-    segment = OrganSegmenter(organ_root, organ_weights, variant=organ_variant, device=where)
-    classify = TraumaClassifier(trauma_root, trauma_weights, variant, where)
+    segment = OrganSegmenter(organ_root, organ_weights, variant=organ_variant, device=where, fast=fast)
+    classify = TraumaClassifier(trauma_root, trauma_weights, variant, where, fast)
     return Models(segment, classify, names, classify.series_mode)
 
 

@@ -101,16 +101,19 @@ class EnsembleClassifier:
         bundle_root: folder of the classification bundle.
         members: its checkpoints.
         device: where the networks run.
+        fast: see :func:`trauma_monai.for_inference`.
 
     Raises:
         ValueError: for an unknown variant, and when variants pool series differently.
     """
 
-    def __init__(self, bundle_root: Path, members: Sequence[Member], device: torch.device) -> None:
+    def __init__(
+        self, bundle_root: Path, members: Sequence[Member], device: torch.device, fast: bool = False
+    ) -> None:
         by_variant: dict[str, list[Member]] = {}
         for member in members:
             by_variant.setdefault(member.variant, []).append(member)
-        models = [(TraumaFlow(bundle_root, variant, device), own) for variant, own in by_variant.items()]
+        models = [(TraumaFlow(bundle_root, variant, device, fast), own) for variant, own in by_variant.items()]
         # Neighbours share their stack, and then their architecture, so that both are kept as long as they serve.
         self.models = sorted(models, key=lambda model: (_stack_of(model), _architecture_of(model)))
         modes = {flow.series_mode for flow, _ in models}
@@ -181,7 +184,12 @@ def read_scales(path: Path) -> dict[str, float]:
 
 
 def load_ensemble(
-    organ_weights: Path, ensemble_path: Path, organ_variant: str | None, device: str, bundles_dir: Path | str | None
+    organ_weights: Path,
+    ensemble_path: Path,
+    organ_variant: str | None,
+    device: str,
+    bundles_dir: Path | str | None,
+    fast: bool = False,
 ) -> Models:
     """Build the organ bundle with its weights and an ensemble of the classification bundle.
 
@@ -191,7 +199,7 @@ def load_ensemble(
     ensemble = read_ensemble(ensemble_path)
     config_files(organ_root, organ_variant)  # an unknown variant is cheaper to refuse before any network is built
     where = find_device(device)
-    classify = EnsembleClassifier(trauma_root, ensemble.members, where)
+    classify = EnsembleClassifier(trauma_root, ensemble.members, where, fast)
     columns: Any = SubmissionColumns()
     if ensemble.scales is not None:
         columns = Compose([columns, ScaleColumns(read_scales(ensemble.scales))])
@@ -199,8 +207,9 @@ def load_ensemble(
         "ensemble": f"{ensemble_path.name}, {len(ensemble.members)} networks (sha256 {_checksum(ensemble)})",
         "organ_variant": organ_variant or "default",
         "organ_weights": name_with_checksum(organ_weights),
+        **({"arithmetic": "fast"} if fast else {}),
     }
-    segment = OrganSegmenter(organ_root, organ_weights, variant=organ_variant, device=where)
+    segment = OrganSegmenter(organ_root, organ_weights, variant=organ_variant, device=where, fast=fast)
     return Models(segment, classify, names, classify.series_mode, columns)
 
 

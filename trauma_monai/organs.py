@@ -380,7 +380,8 @@ class NameBySeriesd(MapTransform):
         sample = dict(data)
         if self.series_key in sample:
             for key in self.key_iterator(sample):
-                sample[key].meta[ImageMetaKey.FILENAME_OR_OBJ] = str(sample[self.series_key])
+                # With an extension, or SaveImaged takes the last part of a UID for one and drops it.
+                sample[key].meta[ImageMetaKey.FILENAME_OR_OBJ] = f"{sample[self.series_key]}.nii.gz"
         return sample
 
 
@@ -395,6 +396,7 @@ class OrganSegmenter:
         weights: state dict of ``network_def``; loaded strictly.
         variant: name of a file in configs/variants, the one that the weights were trained with; None for none.
         device: where the network runs; None lets the config choose.
+        fast: see :func:`trauma_monai.for_inference`.
 
     Raises:
         FileNotFoundError: when there is no such config, variant or weights file.
@@ -407,10 +409,11 @@ class OrganSegmenter:
         weights: str | Path,
         variant: str | None = None,
         device: str | torch.device | None = None,
+        fast: bool = False,
     ) -> None:
         config = ConfigParser.load_config_files([str(path) for path in _inference_configs(Path(bundle_root), variant)])
         parser = ConfigParser(config)
-        overrides: dict[str, Any] = {"bundle_root": str(bundle_root), "amp": False}
+        overrides: dict[str, Any] = {"bundle_root": str(bundle_root), "fast": fast}
         if device is not None:
             overrides["device"] = str(device)
         parser.update(overrides)
@@ -469,14 +472,15 @@ class SegmentOrgansd(MapTransform):
     Args:
         keys: the volume in HU, shape (1, Z, Y, X).
         bundle_root: see :class:`OrganSegmenter`.
-        weights: see :class:`OrganSegmenter`; None when every sample is known to bring its masks.
+        weights: see :class:`OrganSegmenter`; None for the bundle's own, models/model.pt.
         organs_key: entry that holds the label map, or receives it.
         variant: see :class:`OrganSegmenter`.
         device: see :class:`OrganSegmenter`.
+        fast: see :class:`OrganSegmenter`.
         allow_missing_keys: skip a key that the sample lacks instead of failing.
 
     Raises:
-        ValueError: when a sample has no organ masks and no weights were given.
+        FileNotFoundError: when a sample has no organ masks and there are no weights.
     """
 
     def __init__(
@@ -487,6 +491,7 @@ class SegmentOrgansd(MapTransform):
         organs_key: str = "organs",
         variant: str | None = None,
         device: str | torch.device | None = None,
+        fast: bool = False,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -495,6 +500,7 @@ class SegmentOrgansd(MapTransform):
         self.organs_key = organs_key
         self.variant = variant
         self.device = device
+        self.fast = fast
         self._segmenter: OrganSegmenter | None = None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -506,12 +512,13 @@ class SegmentOrgansd(MapTransform):
 
     def _segment(self, image: MetaTensor) -> MetaTensor:
         if self._segmenter is None:
-            if not self.weights:
-                raise ValueError(
-                    f"the sample has no {self.organs_key!r} and no organ weights were given: give the weights, "
-                    "or run `trauma-monai segment` first."
+            weights = Path(self.weights or Path(self.bundle_root) / "models/model.pt")
+            if not weights.is_file():
+                raise FileNotFoundError(
+                    f"the sample has no {self.organs_key!r} and there are no organ weights at {weights}: copy that "
+                    "bundle's model.pt there, give other weights, or run `trauma-monai segment` first."
                 )
-            self._segmenter = OrganSegmenter(self.bundle_root, self.weights, self.variant, self.device)
+            self._segmenter = OrganSegmenter(self.bundle_root, weights, self.variant, self.device, self.fast)
         organs = self._segmenter(image)
         # Masks follow the image: what is undone for it later (its orientation) can be undone for them.
         organs.applied_operations = deepcopy(image.applied_operations)

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,6 @@ from trauma_monai.pooling import assessed_groups, pool_series
 from trauma_monai.report import render_index, render_report
 from trauma_monai.results import (
     SeriesResult,
-    SliceScores,
     StudyResult,
     find_key_slices,
     organ_volumes_ml,
@@ -45,15 +43,12 @@ from trauma_monai.results import (
     study_record,
     write_submission,
 )
-from trauma_monai.scans import LeftOut, Scan, StudyFiles, find_studies, read_scan, source_files
+from trauma_monai.scans import LeftOut, Scan, StudyFiles, find_studies, one_line, read_scan, source_files
 from trauma_monai.targets import GROUPS
 
 __all__ = ["Predictions", "predict", "predict_series", "predict_study"]
 
 logger = logging.getLogger(__name__)
-
-FOLDERS = re.compile(r"(?:[A-Za-z]:)?[^\s'\"]*[/\\](?=[^\s'\"/\\])")
-"""The folders of a path within a sentence."""
 
 
 @dataclass
@@ -88,7 +83,7 @@ def predict_series(scan: Scan, models: Models, series_uid: str, organs_file: Pat
     hu, codes = np.asarray(image[0]), np.asarray(organs[0])  # stage 6
     affine = np.asarray(image.affine)
     dz, dy, dx = (float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
-    scores = _at_positions(scores, affine, _numbers_from_feet(scan))
+    scores = scores.at_positions(affine, scan.instances_from_feet())
     volumes_ml = organ_volumes_ml(codes, (dz, dy, dx))
     return SeriesResult(
         series_uid=series_uid,
@@ -102,6 +97,7 @@ def predict_series(scan: Scan, models: Models, series_uid: str, organs_file: Pat
         remarks=quality_remarks(codes, (dz, dy, dx), volumes_ml, scan.facts),
         key_slices=find_key_slices(scores, hu, codes, (dz, dy, dx)),
         coronal=draw_coronal(hu, codes, (dz, dy, dx)),
+        instances=scan.instances,
     )
 
 
@@ -128,7 +124,7 @@ def predict_study(study: StudyFiles, models: Models, folder: Path) -> tuple[Stud
         except Exception as error:  # decoders raise anything; the next series may well be fine
             logger.debug("series left out", exc_info=True)
             organs_file.unlink(missing_ok=True)
-            left_out.append(LeftOut(series_uid, _reason(error)))
+            left_out.append(LeftOut(series_uid, one_line(error)))
     return (_pool(study, results, left_out, models) if results else None), left_out
 
 
@@ -143,11 +139,15 @@ def predict(
     bundles_dir: Path | str | None = None,
     overwrite: bool = False,
     ensemble: Path | str | None = None,
+    dicom: bool = False,
+    fast: bool = False,
 ) -> Predictions:
     """Predict every study of an input and write a report for each.
 
     Writes per study OUT/<patient>/report.html, probabilities.json and organ label maps; and OUT/submission.csv,
-    OUT/index.html and, when something was left out, OUT/rejected.csv.
+    OUT/index.html and, when something was left out, OUT/rejected.csv. With ``dicom`` also the organs as DICOM SEG
+    beside each label map and the probabilities as DICOM SR, report.dcm; a source that these cannot refer to gets a
+    remark.
 
     Args:
         input_path: DICOM folder (any mix of series and patients), one series, or a NIfTI file.
@@ -160,6 +160,8 @@ def predict(
         bundles_dir: folder with both bundles; by default those that come with this package.
         overwrite: predict again what OUT already holds.
         ensemble: list of checkpoints in place of trauma_weights and variant, see :mod:`trauma_monai.ensemble`.
+        dicom: write DICOM objects as well; a study that an earlier run finished without them is predicted again.
+        fast: compute in bfloat16 and compiled where the device gains from it, see :func:`trauma_monai.for_inference`.
 
     Raises:
         FileNotFoundError: when a weights file is missing.
@@ -168,10 +170,11 @@ def predict(
             with the reasons.
     """
     input_path, out = Path(input_path), Path(out)
+    organ_weights, where = Path(organ_weights), (device, bundles_dir, fast)
     if trauma_weights is not None and ensemble is None:
-        models = load_models(Path(organ_weights), Path(trauma_weights), variant, organ_variant, device, bundles_dir)
+        models = load_models(organ_weights, Path(trauma_weights), variant, organ_variant, *where)
     elif ensemble is not None and trauma_weights is None and variant is None:
-        models = load_ensemble(Path(organ_weights), Path(ensemble), organ_variant, device, bundles_dir)
+        models = load_ensemble(organ_weights, Path(ensemble), organ_variant, *where)
     else:
         raise ValueError("expected either trauma weights, with their variant if any, or an ensemble, which names both.")
     studies, left_out = find_studies(input_path)
@@ -180,11 +183,12 @@ def predict(
     records: dict[str, dict[str, Any]] = {}
     with _progress() as progress:
         for study in progress.track(studies, description="predicting"):
-            record = None if overwrite else _finished(out / study.folder, study, models)
+            record = None if overwrite else _finished(out / study.folder, study, models, dicom)
             if record is not None:
                 done.kept += 1
             else:
-                record, broken = _predict_into(out / study.folder, study, models, left_out if len(studies) == 1 else [])
+                others = left_out if len(studies) == 1 else []
+                record, broken = _predict_into(out / study.folder, study, models, others, dicom)
                 done.left_out += broken
                 _tell(progress.console, study, record, broken)
             if record is not None:
@@ -228,40 +232,17 @@ def _from_feet_to_head(volume: MetaTensor) -> MetaTensor:
     return cast("MetaTensor", turned)
 
 
-def _at_positions(scores: SliceScores, affine: np.ndarray, numbers: np.ndarray | None) -> SliceScores:
-    """Add where the slices lie (z of their first pixel, as in DICOM's ImagePositionPatient) and their numbers."""
-    return replace(
-        scores,
-        z_mm=affine[2, 3] + affine[2, 0] * scores.z_index,
-        instance_number=None if numbers is None else numbers[scores.z_index],
-    )
-
-
-def _numbers_from_feet(scan: Scan) -> np.ndarray | None:
-    """InstanceNumbers in the order of the displayed slices; None when these are not the acquired ones."""
-    axis, sign = nib.io_orientation(np.asarray(scan.image.affine))[2]
-    if scan.instance_numbers is None or axis != 2:
-        return None
-    return scan.instance_numbers if sign > 0 else scan.instance_numbers[::-1]
-
-
 def _write_label_map(organs: MetaTensor, path: Path) -> None:
     image = nib.Nifti1Image(np.asarray(organs[0]).astype(np.uint8), np.asarray(organs.affine, dtype=np.float64))
     image.header.set_xyzt_units("mm")
     nib.save(image, path)
 
 
-def _reason(error: Exception) -> str:
-    """One line without folders, which may be named after patients."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return FOLDERS.sub("", " ".join(text.split())) or type(error).__name__
-
-
 # --- the output folder ------------------------------------------------------------------------------------------------
 
 
 def _predict_into(
-    folder: Path, study: StudyFiles, models: Models, left_out: Sequence[LeftOut]
+    folder: Path, study: StudyFiles, models: Models, left_out: Sequence[LeftOut], dicom: bool
 ) -> tuple[dict[str, Any] | None, list[LeftOut]]:
     """Predict a study into a folder that appears whole; the old one stays when nothing could be predicted."""
     partial = folder.with_name(f".{folder.name}.partial")
@@ -273,13 +254,27 @@ def _predict_into(
             return None, broken
         others = Counter(item.reason for item in left_out)
         notes = [*result.left_out, *(f"{reason} ({count} x)" for reason, count in others.items())]
-        record = {**study_record(result := replace(result, left_out=notes)), "input": _fingerprint(study, models)}
+        result = replace(result, left_out=notes)
+        if dicom:
+            result = _with_dicom_objects(result, partial)
+        record = {**study_record(result), "input": _fingerprint(study, models)}
         _write_text(partial / "report.html", render_report(result))
         _write_text(partial / "probabilities.json", json.dumps(record, indent=1) + "\n")
         _replace_folder(partial, folder)
         return record, broken
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _with_dicom_objects(result: StudyResult, folder: Path) -> StudyResult:
+    """Write DICOM SEG and SR, or say why not: the other outputs do not depend on them."""
+    from trauma_monai.dicom_objects import write_dicom_objects  # highdicom takes a second to import
+
+    try:
+        return replace(result, dicom_files=write_dicom_objects(result, folder))
+    except Exception as error:  # highdicom meets headers of any kind
+        logger.debug("no DICOM objects", exc_info=True)
+        return replace(result, dicom_files=[], remarks=[f"No DICOM SEG and SR were written: {one_line(error)}"])
 
 
 def _replace_folder(new: Path, folder: Path) -> None:
@@ -292,7 +287,7 @@ def _replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _finished(folder: Path, study: StudyFiles, models: Models) -> dict[str, Any] | None:
+def _finished(folder: Path, study: StudyFiles, models: Models, dicom: bool) -> dict[str, Any] | None:
     """Return the record of a study that an earlier run finished with the same input and models, else None.
 
     A study with a series that could not be predicted is tried again: the reason may be gone.
@@ -302,7 +297,8 @@ def _finished(folder: Path, study: StudyFiles, models: Models) -> dict[str, Any]
     except (OSError, ValueError):
         return None
     same = record.get("input") == _fingerprint(study, models) and record.get("series") == list(study.series)
-    return record if same else None
+    lacks_dicom = dicom and record.get("dicom_files") is None
+    return record if same and not lacks_dicom else None
 
 
 def _fingerprint(study: StudyFiles, models: Models) -> str:

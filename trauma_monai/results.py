@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +75,7 @@ class SliceScores:
         instance_number: its DICOM InstanceNumber, which viewers show; None for a file without.
         probabilities: network outputs, 0 to 1; shape (G, T).
         visibility: organ area over its largest area in the series, 0 to 1; shape (G, O).
+        sop_instance_uid: DICOM SOPInstanceUID of the middle slice, shape (G,); None where there is none.
     """
 
     targets: tuple[str, ...]
@@ -84,12 +85,30 @@ class SliceScores:
     instance_number: np.ndarray | None
     probabilities: np.ndarray
     visibility: np.ndarray
+    sop_instance_uid: np.ndarray | None = None
 
     def of_group(self, group: str) -> np.ndarray | None:
         """Return how suspicious each slice group is for a finding, shape (G,), or None when it is not assessed."""
         names = [f"{group}_injury"] if f"{group}_injury" in self.targets else [f"{group}_low", f"{group}_high"]
         columns = [self.targets.index(name) for name in names if name in self.targets]
         return self.probabilities[:, columns].max(axis=1) if columns else None
+
+    def at_positions(self, affine: np.ndarray, instances: Sequence[tuple[str, int, Path]]) -> SliceScores:
+        """Add where the slices lie (z of their first pixel, as in ImagePositionPatient) and what they are called.
+
+        Args:
+            affine: of the displayed volume (Z, Y, X), RAS+.
+            instances: SOPInstanceUID, InstanceNumber and file of each displayed slice; none when there are none.
+        """
+        placed = replace(self, z_mm=affine[2, 3] + affine[2, 0] * self.z_index)
+        if not instances:
+            return placed
+        uids, numbers = zip(*((uid, number) for uid, number, _ in instances), strict=True)
+        return replace(
+            placed,
+            instance_number=np.array(numbers)[self.z_index],
+            sop_instance_uid=np.array(uids)[self.z_index],
+        )
 
 
 class KeySlice(NamedTuple):
@@ -124,6 +143,7 @@ class SeriesResult:
         remarks: what a reader must know about the quality of the input.
         key_slices: most suspicious slices per finding.
         coronal: overview.
+        instances: SOPInstanceUID, InstanceNumber and file of each slice of the label map; none for a NIfTI file.
     """
 
     series_uid: str
@@ -137,6 +157,7 @@ class SeriesResult:
     remarks: Sequence[str]
     key_slices: Sequence[KeySlice]
     coronal: Picture
+    instances: Sequence[tuple[str, int, Path]] = ()
 
     @property
     def shows_organs(self) -> bool:
@@ -158,6 +179,8 @@ class StudyResult:
         left_out: what was not read of the study, and why.
         model: names and checksums of variants and weights.
         version: of this package.
+        remarks: what limits the result as a whole; what limits a series stands there.
+        dicom_files: names of the DICOM objects beside the report; None when nobody asked for them.
     """
 
     patient_id: str
@@ -169,6 +192,8 @@ class StudyResult:
     left_out: Sequence[str]
     model: Mapping[str, Any]
     version: str
+    remarks: Sequence[str] = ()
+    dicom_files: Sequence[str] | None = None
 
     @property
     def any_injury(self) -> float | None:
@@ -280,7 +305,8 @@ def study_record(study: StudyResult) -> dict[str, Any]:
     ``probabilities``: the 13 columns of the competition, each group summing to 1, with ``any_injury``, the highest
     1 - healthy of the groups that the model assesses (``not_assessed`` names the others, which hold class
     frequencies). ``network_outputs``: target -> highest output over slices and series, before the columns' weights.
-    ``organs_found``, ``organ_volumes_ml`` and ``organ_files`` per series. ``warnings``: what limits the result.
+    ``organs_found``, ``organ_volumes_ml`` and ``organ_files`` per series. ``dicom_files``: DICOM SEG and SR, empty when
+    they could not be written, null when they were not asked for. ``warnings``: what limits the result.
     ``slices``: one entry per series and slice group, from feet to head: z_index of the middle slice (from 0),
     z_mm, DICOM instance_number, probabilities per target, visibility per organ (area over the largest area).
     """
@@ -297,6 +323,7 @@ def study_record(study: StudyResult) -> dict[str, Any]:
             series.series_uid: {name: round(ml, 1) for name, ml in series.volumes_ml.items()} for series in study.series
         },
         "organ_files": {series.series_uid: series.organs_file for series in study.series},
+        "dicom_files": None if study.dicom_files is None else list(study.dicom_files),
         "warnings": _warnings(study),
         "slices": [row for series in study.series for row in _slice_rows(series)],
         "model": dict(study.model),
@@ -306,7 +333,7 @@ def study_record(study: StudyResult) -> dict[str, Any]:
 
 def _warnings(study: StudyResult) -> list[str]:
     remarks = [remark for series in study.series for remark in series.remarks]
-    return [*(f"Left out: {note}" for note in study.left_out), *remarks]
+    return [*(f"Left out: {note}" for note in study.left_out), *study.remarks, *remarks]
 
 
 def _slice_rows(series: SeriesResult) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -17,7 +18,10 @@ from monai.utils import MetaKeys, SpaceKeys
 
 from trauma_monai.dicom import NIFTI, SeriesFiles, VolumeReader, discover_series, read_series
 
-__all__ = ["LeftOut", "Scan", "StudyFiles", "find_studies", "read_scan", "source_files"]
+__all__ = ["LeftOut", "Scan", "StudyFiles", "find_studies", "one_line", "read_scan", "source_files"]
+
+FOLDERS = re.compile(r"(?:[A-Za-z]:)?[^\s'\"]*[/\\](?=[^\s'\"/\\])")
+"""The folders of a path within a sentence."""
 
 
 class LeftOut(NamedTuple):
@@ -33,12 +37,19 @@ class Scan(NamedTuple):
     Attributes:
         image: HU of shape (1, X, Y, Z) in the axes of the input, with a RAS+ affine.
         facts: kVp and the like; see :data:`trauma_monai.report.FACTS`.
-        instance_numbers: DICOM InstanceNumber of each slice along the last axis; None for a file without.
+        instances: SOPInstanceUID, InstanceNumber and file of each slice along the last axis; none for a NIfTI file.
     """
 
     image: MetaTensor
     facts: Mapping[str, str | float]
-    instance_numbers: np.ndarray | None
+    instances: tuple[tuple[str, int, Path], ...]
+
+    def instances_from_feet(self) -> tuple[tuple[str, int, Path], ...]:
+        """Return the instances in the order of displayed slices; none when these are not the acquired ones."""
+        axis, sign = nib.io_orientation(np.asarray(self.image.affine))[2]
+        if axis != 2:
+            return ()
+        return self.instances if sign > 0 else self.instances[::-1]
 
 
 @dataclass(frozen=True)
@@ -88,16 +99,22 @@ def read_scan(source: SeriesFiles | Path) -> Scan:
         image = LoadImage(reader=VolumeReader(), image_only=True, dtype=None, ensure_channel_first=True)(source)
         if image.ndim != 4 or len(image) != 1:
             raise ValueError(f"the file has shape {tuple(image.shape[1:])}; expected a volume with three axes.")
-        return Scan(image, {}, None)
+        return Scan(image, {}, ())
     volume = read_series(source)
     meta = {MetaKeys.SPACE: SpaceKeys.RAS, MetaKeys.ORIGINAL_CHANNEL_DIM: 0}
     image = MetaTensor(torch.from_numpy(volume.array)[None], affine=torch.from_numpy(volume.affine), meta=meta)
-    return Scan(image, volume.facts, np.array([number for _, number, _ in volume.instances]))
+    return Scan(image, volume.facts, volume.instances)
 
 
 def source_files(source: SeriesFiles | Path) -> tuple[Path, ...]:
     """Return the files that a series is read from."""
     return (source,) if isinstance(source, Path) else source.files
+
+
+def one_line(error: Exception) -> str:
+    """Return what went wrong in one line, without folders, which may be named after patients."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return FOLDERS.sub("", " ".join(text.split())) or type(error).__name__
 
 
 def safe_name(name: str, key: str) -> str:

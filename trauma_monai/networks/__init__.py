@@ -7,9 +7,11 @@ masks.py           organ-mask decoders that a SliceSequenceNet learns along with
 unet_decoder.py    the U-Net decoder that masks.py and unet3d.py share
 unet3d.py          InflatedUNet: a 2D U-Net whose kernels are repeated into depth
 weights.py         strict loading of saved weights
+deployed.py        a network as it runs outside training: exact, or faster in bfloat16 and compiled
 =================  =============================================================================
 """
 
+from trauma_monai.networks.deployed import for_inference
 from trauma_monai.networks.encoders import Encoder, create_encoder
 from trauma_monai.networks.masks import ConvMaskHeads, EffNetMaskDecoder, UNetMaskDecoder, WithOrganMasks
 from trauma_monai.networks.sequence import SliceSequenceNet
@@ -25,6 +27,7 @@ __all__ = [
     "UNetMaskDecoder",
     "WithOrganMasks",
     "create_encoder",
+    "for_inference",
     "inflate",
     "load_weights",
 ]

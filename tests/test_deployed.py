@@ -1,0 +1,64 @@
+"""Networks outside training: the same answers, or nearly the same ones faster."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trauma_monai.networks import InflatedUNet, SliceSequenceNet, for_inference, load_weights
+from trauma_monai.networks.deployed import accelerate, can_compile, gains_from_bfloat16
+
+VOLUME = torch.rand(1, 1, 16, 32, 32, generator=torch.Generator().manual_seed(0))
+STACK = torch.rand(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def organ_network() -> InflatedUNet:
+    torch.manual_seed(0)
+    return InflatedUNet("test_resnet", decoder_channels=[16, 8, 8, 8], num_classes=5).eval()
+
+
+def slice_network() -> SliceSequenceNet:
+    torch.manual_seed(0)
+    return SliceSequenceNet("test_resnet", num_targets=3, image_size=32, hidden_size=8).eval()
+
+
+@pytest.mark.parametrize(("build", "image"), [(organ_network, VOLUME), (slice_network, STACK)])
+def test_the_default_is_exact(build, image):
+    with torch.inference_mode():
+        expected = build()(image)
+        torch.testing.assert_close(for_inference(build(), "cpu")(image), expected)
+
+
+@pytest.mark.parametrize(("build", "image"), [(organ_network, VOLUME), (slice_network, STACK)])
+def test_bfloat16_moves_the_answer_a_little_and_gives_it_in_float32(build, image):
+    network = build()
+    with torch.inference_mode():
+        expected = network(image)
+        accelerate(network, bfloat16=True, compiled=False)
+        answer = network(image)
+    assert answer.dtype == torch.float32
+    assert not torch.equal(answer, expected)
+    assert (answer - expected).abs().mean() < 0.02 * expected.std()
+
+
+@pytest.mark.skipif(not can_compile("cpu"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_gives_the_same_answer_and_takes_other_weights():
+    network, other = slice_network(), slice_network()
+    torch.nn.init.constant_(other.classifier.bias, 2.0)
+    accelerate(network, bfloat16=False, compiled=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(STACK), slice_network()(STACK), rtol=1e-4, atol=1e-5)
+        network.load_state_dict(other.state_dict())
+        torch.testing.assert_close(network(STACK), other(STACK), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_keeps_the_names_of_its_weights_when_it_is_accelerated(tmp_path):
+    network = slice_network()
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    load_weights(for_inference(network, "cpu", fast=True), tmp_path / "model.pt")
+
+
+def test_bfloat16_is_used_only_where_the_processor_has_it(monkeypatch):
+    for flags, gains in (({"avx2": True}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        assert gains_from_bfloat16("cpu") == gains
