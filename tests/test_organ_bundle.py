@@ -111,10 +111,10 @@ def trained(dataset_dir: Path, tiny: Path, tmp_path_factory: pytest.TempPathFact
     common = ["--bundle_root", str(BUNDLE), "--dataset_dir", str(dataset_dir), "--ckpt_dir", str(out)]
     common += ["--output_dir", str(out / "eval"), "--config_file", config_files(CONFIGS / "train.yaml", tiny)]
     first = run("training", *common, cwd=out)
-    assert "Epoch: 2/2" in first
+    assert "epoch 2/2, " in first
     again = run(*common, "--epochs", "3", "--resume", "True", cwd=out)  # `run` is the same job as `training`
-    assert "Epoch: 3/3" in again
-    assert "Epoch: 1/3" not in again
+    assert "epoch 3/3, " in again
+    assert "epoch 1/3, " not in again
     return out
 
 
@@ -170,8 +170,31 @@ def test_two_processes_train_and_evaluate_together(dataset_dir: Path, tiny: Path
     )
     run("training", "--config_file", train, *common, cwd=tmp_path, processes=2)
     run("evaluating", "--config_file", evaluate, *common, "--fold", "-1", cwd=tmp_path, processes=2)
-    assert "val_mean_dice" in json.loads((tmp_path / "eval/metrics.json").read_text())
-    assert len((tmp_path / "eval/val_mean_dice_raw.csv").read_text().splitlines()) == 1 + 4
+    by_two = json.loads((tmp_path / "eval/metrics.json").read_text())
+    assert len((tmp_path / "eval/val_mean_dice_raw.csv").read_text().splitlines()) == 1 + 4, "each volume once"
+    evaluate = config_files(CONFIGS / "train.yaml", tiny, CONFIGS / "evaluate.yaml")
+    run("evaluating", "--config_file", evaluate, *common, "--fold", "-1", cwd=tmp_path)
+    assert json.loads((tmp_path / "eval/metrics.json").read_text()) == pytest.approx(by_two, abs=1e-6)
+
+
+def test_each_process_loads_its_own_volumes(dataset_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    for rank in range(3):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3}.items():
+            monkeypatch.setenv(name, str(value))
+        parser = ConfigParser(
+            ConfigParser.load_config_files([CONFIGS / "train.yaml", CONFIGS / "multi_gpu_train.yaml"])
+        )
+        parser.update({"dataset_dir": str(dataset_dir), "fold": -1})
+        shares.append(
+            [
+                [Path(item["image"]).name[0] for item in parser.get_parsed_content(f"{section}::dataset::data")]
+                for section in ("train", "validate")
+            ]
+        )
+    # Of four volumes three processes train on two each, one volume twice; each is validated once.
+    assert [train for train, _ in shares] == [["0", "3"], ["1", "0"], ["2", "1"]]
+    assert [validate for _, validate in shares] == [["0", "3"], ["1"], ["2"]]
 
 
 def test_metadata_and_label_codes_agree() -> None:

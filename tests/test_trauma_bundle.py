@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,41 @@ def test_two_processes_train_and_evaluate_together(prepared: Path, tmp_path: Pat
     execute([*launch, *command(None, files, **run, fold=-1)], tmp_path)
     with (tmp_path / "predictions.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 8
+    by_two = json.loads((tmp_path / "metrics.json").read_text())
+    execute(command(None, files[:-1], **run, fold=-1), tmp_path)
+    by_one = json.loads((tmp_path / "metrics.json").read_text())
+    assert {name: by_one[name] for name in by_two if by_two[name] is not None} == pytest.approx(
+        {name: value for name, value in by_two.items() if value is not None}, abs=1e-6
+    )
+
+
+def test_two_processes_learn_what_one_learns_from_the_same_batches(prepared: Path, tmp_path: Path) -> None:
+    """CoaT has no batch normalisation, whose statistics are a process's own; nothing else is random here."""
+    overlay = tmp_path / "plain.yaml"
+    overlay.write_text("train::warp: '@resize'\ndropout: 0.0\n")
+    files = ["train.yaml", "variants/demo.yaml", str(overlay)]
+    run = {"encoder": "coat_lite_tiny", "lr": 1.0e-3, "epochs": 2, "fold": -1}
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    execute(command("training", files, **arguments(prepared, whole, **run, batch_size=4)), tmp_path)
+    of_each = arguments(prepared, shared, **run, batch_size=2)
+    of_each.pop("device")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    execute([*launch, *command("training", [*files, "multi_gpu_train.yaml"], **of_each)], tmp_path)
+    expected = torch.load(whole / "model_last.pt", weights_only=True)
+    for name, tensor in torch.load(shared / "model_last.pt", weights_only=True).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_process_that_fails_ends_the_job_with_its_reason(prepared: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "prepared"
+    shutil.copytree(prepared, broken)
+    (broken / "images/5_1.nii").write_bytes(b"")
+    run = arguments(broken, tmp_path, fold=-1)
+    run.pop("device")
+    files = ["train.yaml", "variants/demo.yaml", "multi_gpu_train.yaml"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with pytest.raises(AssertionError, match=r"5_1\.nii"):
+        execute([*launch, *command("training", files, **run)], tmp_path)
 
 
 def test_series_are_listed_from_a_prepared_set_and_from_nifti_files(prepared: Path) -> None:

@@ -234,11 +234,11 @@ class StopEarly:
 class TrainingProgress:
     """Show how far a training is: epoch, loss, throughput and the time that is left.
 
-    A bar in a terminal; in a log file, a line every now and then.
+    A bar in a terminal; in a log file, a line at the end of an epoch and, within a long one, every now and then.
 
     Args:
         batch_size: samples per iteration of one process.
-        log_seconds: between two lines of a log file.
+        log_seconds: between two lines of a log file within an epoch.
     """
 
     def __init__(self, batch_size: int, log_seconds: float = 60.0) -> None:
@@ -278,7 +278,8 @@ class TrainingProgress:
         state = f"loss {loss:.4f}, {rate:.1f} samples/s"
         epoch = f"{engine.state.epoch}/{engine.state.max_epochs}"
         self._bar.update(self._bar.task_ids[-1], completed=done, total=total, epoch=epoch, state=state)
-        if self._bar.disable and now - self._logged >= self.log_seconds:
+        epoch_ends = done % cast(int, engine.state.epoch_length) == 0
+        if self._bar.disable and (epoch_ends or now - self._logged >= self.log_seconds):
             self._logged = now
             minutes = (total - done) * seconds / 60
             logging.getLogger(__name__).info(f"epoch {epoch}, step {done}/{total}: {state}, {minutes:.0f} min left")
