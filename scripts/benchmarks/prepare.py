@@ -1,0 +1,63 @@
+"""Preparation of a data set, and access to 96 slices of what it made."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from benchmarks.common import Row, Settings, compare, largest_series, phantoms, take_turns
+from trauma_monai.datalist import load_datalist
+from trauma_monai.dicom import VolumeReader, read_series
+from trauma_monai.prepare import prepare
+
+SLICES = 96
+
+
+def run(settings: Settings) -> list[Row]:
+    """Compare one with two workers, and the store with the files that it could have been."""
+    return _workers(settings) + _access(settings)
+
+
+def _workers(settings: Settings) -> list[Row]:
+    source = phantoms(settings.work, 6, 512, 5.0)
+    series = len(list(source.glob("train_images/*/*")))
+
+    def side(workers: int) -> Callable[[], None]:
+        def prepare_afresh() -> None:
+            out = settings.work / f"prepared_by_{workers}"
+            shutil.rmtree(out, ignore_errors=True)
+            prepare(source, out, workers=workers, folds=2, progress=False)
+
+        return prepare_afresh
+
+    times = take_turns({"2 workers": side(2), "1 worker": side(1)}, settings, per=series)
+    return compare("prepare", "a series of 512 x 512, start of the workers included", times, "s per series")
+
+
+def _access(settings: Settings) -> list[Row]:
+    source = phantoms(settings.work, 2, 512, 1.5)
+    out = settings.work / "prepared_thin"
+    prepare(source, out, workers=1, folds=2, progress=False)
+    dicom = largest_series(source)
+    items = {item["series_id"]: item for item in load_datalist(out, "all", require=())}
+    stored = Path(items[dicom.name]["image"])
+    compressed = settings.work / "thin.nii.gz"
+    if not compressed.exists():
+        nib.save(nib.load(stored), compressed)
+    total = nib.load(stored).shape[2]
+    chosen = np.linspace(0, total - 1, SLICES).astype(int)
+    sides = {
+        "store": lambda: _slices(stored, chosen),
+        "NIfTI, gzip": lambda: _slices(compressed, chosen),
+        "DICOM, decoded again": lambda: read_series(dicom).array[:, :, chosen].copy(),
+    }
+    return compare("prepare", f"{SLICES} of {total} slices", take_turns(sides, settings, per=1e-3), "ms")
+
+
+def _slices(path: Path, chosen: np.ndarray) -> np.ndarray:
+    volume, _ = VolumeReader().get_data([path])
+    return np.asarray(volume)[:, :, chosen].copy()

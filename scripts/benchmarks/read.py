@@ -1,0 +1,107 @@
+"""Reading a DICOM series into a volume: ours against the readers that MONAI users have."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from monai.data import ITKReader, PydicomReader
+from monai.transforms import LoadImage
+from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1
+
+from benchmarks.common import Row, Settings, compare, largest_series, peer, phantoms, take_turns
+from trauma_monai.dicom import read_series
+
+
+def run(settings: Settings) -> list[Row]:
+    """Compare processor time per slice of 512 x 512 pixels in four transfer syntaxes."""
+    rle = largest_series(phantoms(settings.work, 1, 512, 5.0))
+    rows: list[Row] = []
+    for name, write in SYNTAXES.items():
+        folder = settings.work / f"series_{name.replace(' ', '_')}"
+        if not folder.exists():
+            _convert(rle, folder, write)
+        sides = _readers(folder)
+        slices = len(list(folder.iterdir()))
+        times = take_turns(sides, settings, per=slices / 1000, clock=time.process_time)
+        rows += compare("read", name, times, "ms of CPU per slice")
+    return rows
+
+
+def _readers(folder: Path) -> dict[str, Callable[[], Any]]:
+    sides: dict[str, Callable[[], Any]] = {"trauma_monai": lambda: read_series(folder)}
+    if peer("itk"):
+        sides["MONAI ITKReader"] = lambda: LoadImage(ITKReader())(folder)
+    sides["MONAI PydicomReader"] = lambda: LoadImage(PydicomReader())(folder)
+    if sitk := peer("SimpleITK"):
+        sides["SimpleITK series reader"] = lambda: _read_with_sitk(sitk, folder)
+    if dicomsdl := peer("dicomsdl"):
+        sides["dicomsdl (no geometry, no checks)"] = lambda: _read_with_dicomsdl(dicomsdl, folder)
+    return sides
+
+
+def _read_with_sitk(sitk: Any, folder: Path) -> Any:
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    return sitk.GetArrayFromImage(reader.Execute())
+
+
+def _read_with_dicomsdl(dicomsdl: Any, folder: Path) -> np.ndarray:
+    return np.stack([dicomsdl.open(str(path)).pixelData(storedvalue=True) for path in sorted(folder.iterdir())])
+
+
+# --- the same series in other transfer syntaxes -----------------------------------------------------------------------
+
+
+def _convert(source: Path, folder: Path, write: Callable[[Path, Path], None]) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for path in source.iterdir():
+        write(path, partial / path.name)
+    partial.rename(folder)
+
+
+def _decompress(source: Path, target: Path) -> None:
+    dataset = pydicom.dcmread(source)
+    dataset.decompress()
+    dataset.save_as(target)
+
+
+def _as_jpeg2000(source: Path, target: Path) -> None:
+    dataset = pydicom.dcmread(source)
+    dataset.decompress()
+    dataset.compress(JPEG2000Lossless)
+    dataset.save_as(target)
+
+
+def _as_jpeg_lossless(source: Path, target: Path) -> None:
+    import gdcm
+
+    raw = target.with_suffix(".raw")
+    _decompress(source, raw)
+    reader, writer, change = gdcm.ImageReader(), gdcm.ImageWriter(), gdcm.ImageChangeTransferSyntax()
+    reader.SetFileName(str(raw))
+    reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    if not change.Change():
+        raise RuntimeError(f"GDCM cannot write {JPEGLosslessSV1.name}")
+    writer.SetFileName(str(target))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.Write()
+    raw.unlink()
+
+
+SYNTAXES: dict[str, Callable[[Path, Path], Any]] = {
+    "uncompressed": _decompress,
+    "RLE": shutil.copyfile,
+    "JPEG lossless": _as_jpeg_lossless,
+    "JPEG 2000": _as_jpeg2000,
+}

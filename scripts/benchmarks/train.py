@@ -1,0 +1,76 @@
+"""A training step of the slice network with its mask heads: our loop against the published one, restated."""
+
+from __future__ import annotations
+
+import copy
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from benchmarks.common import TRAUMA_BUNDLE, Row, Settings, compare, take_turns
+
+GROUPS_CPU, SIZE_CPU, ENCODER_CPU = 8, 128, "coat_lite_small"
+"""A CPU would take minutes for a step at full size."""
+
+
+def run(settings: Settings) -> list[Row]:
+    """Compare the time of a step (forward, loss, backward, optimizer) and, on a GPU, its peak memory."""
+    parser = ConfigParser(ConfigParser.load_config_file(TRAUMA_BUNDLE / "configs/train.yaml"))
+    if settings.device.type == "cpu":
+        parser["num_groups"], parser["image_size"], parser["encoder"] = GROUPS_CPU, SIZE_CPU, ENCODER_CPU
+    torch.manual_seed(0)
+    network = parser.get_parsed_content("training_net").to(settings.device)
+    loss = parser.get_parsed_content("loss")
+    batch = _batch(parser, settings.device)
+    sides = {
+        "trauma_monai": _step(copy.deepcopy(network), loss, batch, torch.bfloat16, fused=True),
+        "published way": _step(copy.deepcopy(network), loss, batch, torch.float16, fused=False),
+    }
+    shape = " x ".join(map(str, batch["image"].shape))
+    rows = compare("train", f"{parser['encoder']}, {shape}", take_turns(sides, settings), "s per step")
+    return rows + _memory(sides, settings)
+
+
+def _batch(parser: ConfigParser, device: torch.device) -> dict[str, torch.Tensor]:
+    size, groups, windows = int(parser["image_size"]), int(parser["num_groups"]), int(parser["batch_size"])
+    return {
+        "image": torch.rand(windows, 1, groups, 3, size, size, device=device),
+        "label": torch.rand(windows, 1, groups, len(parser["targets"]), device=device),
+        "organs": torch.randint(0, 6, (windows, 1, groups, size, size), device=device, dtype=torch.uint8),
+    }
+
+
+def _step(
+    network: torch.nn.Module, loss: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype, fused: bool
+) -> Callable[[], None]:
+    on_gpu = batch["image"].is_cuda
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=fused)
+    scaler = torch.amp.GradScaler(enabled=on_gpu and dtype == torch.float16)
+    if fused:
+        network.to(memory_format=torch.channels_last)
+    target = {"label": batch["label"].flatten(0, 1), "organs": batch["organs"].flatten(0, 1)}
+
+    def step() -> None:
+        with torch.autocast(batch["image"].device.type, dtype=dtype, enabled=on_gpu):
+            value = loss(network(batch["image"].flatten(0, 1)), target)
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _memory(sides: dict[str, Callable[[], None]], settings: Settings) -> list[Row]:
+    if settings.device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return compare("train", "peak memory of this process", {"both sides": peak}, "GiB")
+    peaks = {}
+    for name, step in sides.items():
+        torch.cuda.reset_peak_memory_stats(settings.device)
+        step()
+        peaks[name] = torch.cuda.max_memory_allocated(settings.device) / 2**30
+    return compare("train", "peak memory", peaks, "GiB")
