@@ -29,3 +29,11 @@ def dataset_dir(rsna_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("prepared") / "dataset"
     prepare(rsna_dir, out, workers=1, folds=2)
     return out
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bundle -> its package, with the demo variant and random weights; the zip lies beside it."""
+    from packages import NAMES, write_package
+
+    return {name: write_package(name, tmp_path_factory.mktemp("packages")) for name in NAMES}

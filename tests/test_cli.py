@@ -12,7 +12,7 @@ import pytest
 
 from trauma_monai.targets import SUBMISSION_COLUMNS
 
-COMMANDS = ("phantom", "prepare", "segment", "predict", "convert", "score", "oof")
+COMMANDS = ("phantom", "prepare", "segment", "predict", "convert", "package", "score", "oof")
 
 
 def trauma_monai(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ SYSTEMS = [(name, []) for name in NAMES] + [(path.parents[2].name, [path]) for p
 SYSTEM_IDS = [f"{name}-{files[0].stem if files else 'base'}" for name, files in SYSTEMS]
 
 # Names whose values may differ between train.yaml and inference.yaml: each job has its own.
-OWN_OF_EACH_JOB = {"output_dir", "dataset_dir", "imports", "initialize", "run", "network", "num_workers"}
+OWN_OF_EACH_JOB = {"output_dir", "dataset_dir", "imports", "initialize", "run", "network", "num_workers", "amp"}
 
 # The full networks on small pictures, without a download, and a fold that the small data set has.
 SMALL: dict[str, dict[str, Any]] = {

@@ -119,6 +119,10 @@ def predict(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     overwrite: Annotated[bool, typer.Option(help="Predict again what OUT already holds.")] = False,
+    dicom: Annotated[bool, typer.Option("--dicom", help="Also write the organs as DICOM SEG, the rest as SR.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Compute in bfloat16 and compiled; probabilities move a little.")
+    ] = False,
 ) -> None:
     """Predict injuries of every study in INPUT and write a report for each."""
     from trauma_monai.pipeline import predict as predict_studies
@@ -133,6 +137,8 @@ def predict(
         device=device,
         overwrite=overwrite,
         ensemble=ensemble,
+        dicom=dicom,
+        fast=fast,
     )
 
 
@@ -150,6 +156,30 @@ def convert(
     typer.echo(f"{conversion.system}: {conversion.used} tensors in {out}")
     for part, reason in conversion.dropped.items():
         typer.echo(f"left out {part}*: {reason}")
+
+
+@app.command()
+def package(
+    bundle: Annotated[str, typer.Argument(help="Name of a bundle, or the folder of one.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the package.")],
+    variant: Annotated[str | None, typer.Option(help="Variant that goes into the configs.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="model.pt; by default that of the bundle, if any.")] = None,
+    organ_weights: Annotated[
+        Path | None, typer.Option(help="model.pt of organ_ct_segmentation, to segment within trauma_ct_classification.")
+    ] = None,
+    organ_variant: Annotated[
+        str | None, typer.Option(help="Variant of the organ bundle, where it is another one.")
+    ] = None,
+    as_zip: Annotated[bool, typer.Option("--zip", help="Also write OUT.zip and OUT.zip.sha256.")] = False,
+) -> None:
+    """Write a bundle as a folder that needs only MONAI and public packages, for the model zoo, Label and Deploy."""
+    from trauma_monai.packaging import package as package_bundle
+
+    done = package_bundle(bundle, out, variant, weights, organ_weights, organ_variant, as_zip)
+    for path in filter(None, (done.folder, done.zip_file)):
+        typer.echo(path)
+    for remark in done.remarks:
+        typer.echo(f"note: {remark}")
 
 
 @app.command()
