@@ -1,0 +1,1 @@
+"""The bundles inside other tools: apps for MONAI Label and MONAI Deploy."""
