@@ -1,0 +1,1 @@
+"""MONAI Label app, a folder for its ``--app``: see docs/label.md."""
