@@ -110,6 +110,7 @@ _COMPONENTS = {
         "TrainingProgress",
         "TrainingState",
     ),
+    "sample_pictures": ("SamplePictures",),
     "runs": (
         "SaveMetrics",
         "SaveProbabilities",
