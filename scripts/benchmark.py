@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmarks import infer, prepare, read, sample, scale, train
+from benchmarks import flops, infer, prepare, read, sample, scale, train
 from benchmarks.common import Row, Settings, print_table
 
 PARTS = {
@@ -24,6 +24,7 @@ PARTS = {
     "sample": sample.run,
     "infer": infer.run,
     "train": train.run,
+    "flops": flops.run,
     "scale": scale.run,
 }
 

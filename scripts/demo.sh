@@ -28,7 +28,7 @@ step "Synthetic studies: 160 patients to train on, 24 others to be judged by"
 [ -d "$demo/unseen_rsna" ] || trauma-monai phantom "$demo/unseen_rsna" --studies 24 --seed 2 --matrix 128 --slice-thickness 7
 
 step "Prepare: checked volumes and a datalist"
-trauma-monai prepare "$demo/train_rsna" "$demo/train" --folds 10
+trauma-monai prepare "$demo/train_rsna" "$demo/train" --folds 20
 trauma-monai prepare "$demo/unseen_rsna" "$demo/unseen"
 
 step "Train organ_ct_segmentation"

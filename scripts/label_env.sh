@@ -16,12 +16,15 @@ if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     # pynetdicom 2 stays below pydicom 2.5, pydicom-seg below numpy 2 and jsonschema 4; the newest pandas wants numpy 2.
     grep -v -E '^(jsonschema|numpy|pandas|pydicom)==' "$project/constraints.txt" >"$venv/constraints.txt"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$venv/constraints.txt" \
-        "monailabel==0.8.5" "pydicom<3" "pynetdicom<3" "dicomweb-client[gcp]<0.60" \
-        "monai==1.6.1" "torch>=2.6,<3" torchvision timm rich python-gdcm
+    install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$venv/constraints.txt")
+    "${install[@]}" "torch>=2.6,<3" torchvision setuptools wheel
+    # MONAI Label asks for sam2, which builds against torch: against this one, not another 7 GB of its own.
+    SAM2_BUILD_CUDA=0 "${install[@]}" --no-build-isolation sam2
+    "${install[@]}" "monailabel==0.8.5" "pydicom<3" "pynetdicom<3" "dicomweb-client[gcp]<0.60" "monai==1.6.1" \
+        timm rich python-gdcm
     # The project without what it asks for: highdicom wants pydicom 3, the decoders beside GDCM want numpy 2. The former
     # has no part in serving, the latter decode nothing that GDCM does not.
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable "$project"
+    "${install[@]}" --no-deps --editable "$project"
     printf '%s\n' "$wanted" >"$venv/installed"
 fi
 echo "$venv/bin/python"

@@ -137,6 +137,16 @@ def test_stray_voxels_are_not_an_organ():
     assert list(organ_volumes_ml(organs, SPACING)) == ["liver", "spleen"]
 
 
+def test_what_the_reader_changed_is_said_even_of_a_scan_without_organs():
+    facts = {"slices_stored_inverted": 3.0, "repeated_slices_dropped": 1.0}
+    remarks = quality_remarks(np.zeros((2, 3, 3), dtype=np.uint8), SPACING, {}, facts)
+    assert remarks[:2] == [
+        "Slices that the series holds more than once were dropped: 1.",
+        "Slices whose values were stored inverted (MONOCHROME1) were turned back: 3.",
+    ]
+    assert len(remarks) == 3
+
+
 def test_missing_small_and_cut_off_organs_are_remarked_upon():
     organs = label_map()
     organs[8:, 0:2, 0:30] = 1  # 120 voxels, 4.8 ml; 240 mm2 of the top slice

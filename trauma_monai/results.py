@@ -232,16 +232,19 @@ def quality_remarks(
         volumes_ml: from :func:`organ_volumes_ml`.
         facts: of the scan, from the reader.
     """
+    remarks = []
+    if repeated := facts.get("repeated_slices_dropped"):
+        remarks.append(f"Slices that the series holds more than once were dropped: {repeated:g}.")
+    if inverted := facts.get("slices_stored_inverted"):
+        remarks.append(f"Slices whose values were stored inverted (MONOCHROME1) were turned back: {inverted:g}.")
     small = [ORGAN_TITLES[name] for name, ml in volumes_ml.items() if ml < MIN_ORGAN_ML[name]]
     if len(small) == len(volumes_ml):
         size = " of an adult's size" if small else ""
         return [
+            *remarks,
             f"No abdominal organ{size} was found. The scan may show another body part, or differ from what the "
-            "segmentation was trained on; the injury probabilities mean nothing."
+            "segmentation was trained on; the injury probabilities mean nothing.",
         ]
-    remarks = []
-    if repeated := facts.get("repeated_slices_dropped"):
-        remarks.append(f"Slices that the series holds more than once were dropped: {repeated:g}.")
     if missing := [ORGAN_TITLES[name] for name in ORGAN_CODES if name not in volumes_ml]:
         remarks.append(f"Not found: {', '.join(missing)}.")
     if small:
