@@ -306,6 +306,13 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         read_series(tmp_path)
 
 
+def test_a_file_cut_off_within_compressed_pixels_is_damaged_not_of_another_series(tmp_path: Path) -> None:
+    path = write_series(tmp_path, syntax=RLELossless)[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DicomError, match=rf"{path.name}: damaged DICOM file \(no pixels, or cut off within them\)"):
+        read_series(tmp_path)
+
+
 def test_a_cut_off_jpeg_stream_is_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     hu = rng.integers(-1000, 1000, size=(3, 64, 64))

@@ -253,8 +253,12 @@ def _read_header(path: Path, tags: Sequence[BaseTag], stop_before_pixels: bool) 
         return None, "not a DICOM file"
     except (OSError, ValueError, KeyError, EOFError, AttributeError) as error:
         return None, f"{_DAMAGED} ({type(error).__name__})"
-    reason = _no_ct_slice(header)
-    return (None, reason) if reason else (header, "")
+    if reason := _no_ct_slice(header):
+        return None, reason
+    if not stop_before_pixels and "PixelData" not in header:
+        # Of compressed pixels that are cut off, pydicom returns nothing, not even the elements before them.
+        return None, f"{_DAMAGED} (no pixels, or cut off within them)"
+    return header, ""
 
 
 def _read_slices(series: SeriesFiles | str | Path | Sequence[str | Path]) -> list[tuple[Path, Dataset]]:

@@ -178,6 +178,8 @@ def predict(
     else:
         raise ValueError("expected either trauma weights, with their variant if any, or an ensemble, which names both.")
     studies, left_out = find_studies(input_path)
+    if out.is_file():
+        raise ValueError(f"{out} is a file; expected a folder for the results.")
     out.mkdir(parents=True, exist_ok=True)
     done = Predictions(left_out=left_out)
     records: dict[str, dict[str, Any]] = {}
@@ -196,7 +198,7 @@ def predict(
                 done.reports.append(out / study.folder / "report.html")
     _write_rejected(done.left_out, out / "rejected.csv")
     if not records:
-        reasons = "; ".join(dict.fromkeys(item.reason for item in done.left_out)) or "it holds no CT series"
+        reasons = "; ".join(dict.fromkeys(item.reason.rstrip(".") for item in done.left_out)) or "it holds no CT series"
         raise ValueError(f"nothing in {input_path} could be predicted: {reasons}.")
     write_submission(list(records.values()), out / "submission.csv")
     _write_text(out / "index.html", render_index(list(records.items()), done.left_out))
