@@ -18,6 +18,7 @@ from trauma_monai.targets import SUBMISSION_COLUMNS
 def run(*arguments: object, cwd: Path) -> str:
     result = subprocess.run([sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    (cwd / "errors.txt").write_text(result.stderr)
     return result.stdout
 
 
@@ -44,6 +45,13 @@ def prediction(rsna_dir: Path, dataset_dir: Path, tmp_path_factory: pytest.TempP
         cwd=folder,
     )
     return folder / "report"
+
+
+def test_predict_writes_its_progress_to_the_screen_and_no_warnings(prediction: Path) -> None:
+    screen = (prediction.parent / "errors.txt").read_text()
+    assert "any injury" in screen
+    assert "warn" not in screen.lower()
+    assert "nvimg" not in screen.lower()
 
 
 def test_the_submission_can_be_scored(prediction: Path, rsna_dir: Path) -> None:

@@ -7,7 +7,9 @@ Heavy modules are imported inside the commands, so that ``--help`` answers at on
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -231,6 +233,9 @@ def oof(
 
 def main() -> None:
     """Run the command line; bad input ends in one line on stderr and exit code 1."""
+    # MONAI's loader sets up all its readers, and warns that one of them lacks a decoder for GPUs. It is not used here.
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
     try:
         app()
     except KeyError as error:

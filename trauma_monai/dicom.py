@@ -64,8 +64,7 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
 _SERIES_TAGS = tuple(
-    Tag(name)
-    for name in ("SOPClassUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "ImageType")
+    Tag(name) for name in ("SOPClassUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "ImageType")
 )
 _SLICE_TAGS = (
     *_SERIES_TAGS,

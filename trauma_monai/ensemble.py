@@ -107,9 +107,7 @@ class EnsembleClassifier:
         ValueError: for an unknown variant, and when variants pool series differently.
     """
 
-    def __init__(
-        self, bundle_root: Path, members: Sequence[Member], device: torch.device, fast: bool = False
-    ) -> None:
+    def __init__(self, bundle_root: Path, members: Sequence[Member], device: torch.device, fast: bool = False) -> None:
         by_variant: dict[str, list[Member]] = {}
         for member in members:
             by_variant.setdefault(member.variant, []).append(member)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from benchmarks.common import TRAUMA_BUNDLE, Row, Settings, compare
 from monai.bundle import ConfigParser
 from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import TRAUMA_BUNDLE, Row, Settings, compare
 
 
 def run(settings: Settings) -> list[Row]:

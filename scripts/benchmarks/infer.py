@@ -60,12 +60,9 @@ def _call(network: torch.nn.Module, image: torch.Tensor) -> Callable[[], Any]:
 
 
 def _study(settings: Settings) -> list[Row]:
-    """Time a study of one series; the networks have random weights, which does not change how long they take."""
+    """Time a study of one series."""
     series = largest_series(phantoms(settings.work, 2, 512, 1.5))
-    weights = {}
-    for bundle in (ORGAN_BUNDLE, TRAUMA_BUNDLE):
-        weights[bundle] = settings.work / f"{bundle.name}.pt"
-        torch.save(network_of(bundle).state_dict(), weights[bundle])
+    weights = {bundle: weights_of(bundle, settings.work) for bundle in (ORGAN_BUNDLE, TRAUMA_BUNDLE)}
     organs, slices = (network_of(bundle).eval().to(settings.device) for bundle in (ORGAN_BUNDLE, TRAUMA_BUNDLE))
 
     def ours() -> None:
