@@ -101,6 +101,7 @@ _COMPONENTS = {
         "write_oof",
     ),
     "ensemble": ("EnsembleClassifier",),
+    "memory": ("keep_freed_memory",),
     "training": (
         "EpochSeeds",
         "PretrainedEncoder",
