@@ -18,7 +18,8 @@ from trauma_monai.prepare import prepare
 def run(settings: Settings) -> list[Row]:
     """Compare our one resampling with albumentations' steps, slice by slice, as the published training has them."""
     flow = ConfigParser(ConfigParser.load_config_file(TRAUMA_BUNDLE / "configs/train.yaml"))
-    flow["prob_flip_x"] = flow["prob_flip_y"] = 0.5
+    flow["prob_flip_x"] = flow["prob_flip_y"] = 1.0
+    flow["train::warp::prob_perspective"] = flow["train::warp::prob_rotate"] = 1.0
     steps = flow.get_parsed_content("train::preprocessing").transforms
     warp = flow.get_parsed_content("train::warp")
     item, sample = _stack(settings, steps[:-1])
@@ -57,14 +58,14 @@ def _full(volume: torch.Tensor) -> torch.Tensor:
 
 
 def _published(albumentations: Any) -> Any:
-    """The steps of the published training: albumentations 1.3 names and values."""
+    """The steps of the published training, each at every draw, as on our side."""
     return albumentations.ReplayCompose(
         [
             albumentations.Resize(384, 384),
-            albumentations.Perspective(scale=(0.05, 0.1), p=0.5),
-            albumentations.HorizontalFlip(p=0.5),
-            albumentations.VerticalFlip(p=0.5),
-            albumentations.Rotate(limit=25, p=0.5),
+            albumentations.Perspective(scale=(0.05, 0.1), p=1.0),
+            albumentations.HorizontalFlip(p=1.0),
+            albumentations.VerticalFlip(p=1.0),
+            albumentations.Rotate(limit=25, p=1.0),
         ]
     )
 

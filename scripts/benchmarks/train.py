@@ -11,6 +11,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from benchmarks.common import TRAUMA_BUNDLE, Row, Settings, compare, take_turns
+from trauma_monai.memory import keep_freed_memory
 
 GROUPS_CPU, SIZE_CPU, ENCODER_CPU = 8, 128, "coat_lite_small"
 """A CPU would take minutes for a step at full size."""
@@ -19,15 +20,17 @@ GROUPS_CPU, SIZE_CPU, ENCODER_CPU = 8, 128, "coat_lite_small"
 def run(settings: Settings) -> list[Row]:
     """Compare the time of a step (forward, loss, backward, optimizer) and, on a GPU, its peak memory."""
     parser = ConfigParser(ConfigParser.load_config_file(TRAUMA_BUNDLE / "configs/train.yaml"))
+    parser["device"] = str(settings.device)
     if settings.device.type == "cpu":
         parser["num_groups"], parser["image_size"], parser["encoder"] = GROUPS_CPU, SIZE_CPU, ENCODER_CPU
     torch.manual_seed(0)
-    network = parser.get_parsed_content("training_net").to(settings.device)
-    loss = parser.get_parsed_content("loss")
+    network, loss = parser.get_parsed_content("network"), parser.get_parsed_content("loss")
+    published = copy.deepcopy(network)
     batch = _batch(parser, settings.device)
+    keep_freed_memory()  # as the config does when it starts; here both sides have it
     sides = {
-        "trauma_monai": _step(copy.deepcopy(network), loss, batch, torch.bfloat16, fused=True),
-        "published way": _step(copy.deepcopy(network), loss, batch, torch.float16, fused=False),
+        "trauma_monai": _step(network, parser.get_parsed_content("optimizer"), loss, batch),
+        "published way": _step(published, torch.optim.AdamW(published.parameters(), lr=1e-4), loss, batch),
     }
     shape = " x ".join(map(str, batch["image"].shape))
     rows = compare("train", f"{parser['encoder']}, {shape}", take_turns(sides, settings), "s per step")
@@ -44,17 +47,14 @@ def _batch(parser: ConfigParser, device: torch.device) -> dict[str, torch.Tensor
 
 
 def _step(
-    network: torch.nn.Module, loss: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype, fused: bool
+    network: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Any, batch: dict[str, torch.Tensor]
 ) -> Callable[[], None]:
     on_gpu = batch["image"].is_cuda
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=fused)
-    scaler = torch.amp.GradScaler(enabled=on_gpu and dtype == torch.float16)
-    if fused:
-        network.to(memory_format=torch.channels_last)
+    scaler = torch.amp.GradScaler(enabled=on_gpu)
     target = {"label": batch["label"].flatten(0, 1), "organs": batch["organs"].flatten(0, 1)}
 
     def step() -> None:
-        with torch.autocast(batch["image"].device.type, dtype=dtype, enabled=on_gpu):
+        with torch.autocast(batch["image"].device.type, dtype=torch.float16, enabled=on_gpu):
             value = loss(network(batch["image"].flatten(0, 1)), target)
         scaler.scale(value).backward()
         scaler.step(optimizer)
