@@ -291,7 +291,7 @@ def test_exported_torchscript_brings_its_variant(tmp_path: Path) -> None:
     model = read_model(tmp_path / "model.ts")
     assert model.task == "organs"
     assert model.names["variant"] == "demo"
-    assert model.config["encoder"] == "test_resnet"
+    assert model.config["network_def"]["_target_"] == "UNet"
 
 
 def test_the_bundle_that_is_run_is_written_beside_the_results(organ_source: Path, tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_the_bundle_that_is_run_is_written_beside_the_results(organ_source: Path
     folder = model.write(tmp_path / "bundle")
     config = json.loads((folder / "configs/inference.json").read_text())
     assert config["bundle_root"] == str(organ_source)
-    assert config["encoder"] == "test_resnet"
+    assert config["network_def"]["_target_"] == "UNet"
     load_weights(model_network(config), folder / "models/model.pt")
 
 
