@@ -60,6 +60,7 @@ def test_each_epoch_leaves_a_picture_in_the_log(tmp_path: Path):
     engine = Engine(lambda engine, batch: [volume_sample()])
     SamplePictures(tmp_path).attach(engine)
     engine.run([0], max_epochs=2)
+    assert len(list(tmp_path.iterdir())) == 1
     log = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
     tags = log.Tags()["images"]
     assert tags == ["sample (masks above, predicted below)"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
+from trauma_monai.files import sha256_of
 from trauma_monai.networks import load_weights
 from trauma_monai.organs import OrganSegmenter, SegmentOrgansd
 from trauma_monai.pooling import PoolSlicesd, SubmissionColumns
@@ -268,8 +268,4 @@ def name_with_checksum(weights: Path) -> str:
     """
     if not weights.is_file():
         raise FileNotFoundError(f"no weights at {weights}: train the bundle, or copy its model.pt there.")
-    digest = hashlib.sha256()
-    with weights.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return f"{weights.name} (sha256 {digest.hexdigest()[:12]})"
+    return f"{weights.name} (sha256 {sha256_of(weights)[:12]})"

@@ -6,7 +6,6 @@ converted file gives the same logits. Layers that only served their training are
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from trauma_monai.classifier import config_files, find_bundle
+from trauma_monai.files import complete_or_absent
 from trauma_monai.networks.weights import check_weights, describe, read_tensors
 
 __all__ = ["Conversion", "convert_checkpoint", "convert_for_bundle"]
@@ -142,7 +142,8 @@ def convert_checkpoint(checkpoint: Path, network: nn.Module, out: Path) -> Conve
     weights, dropped = _rename(published, layout, checkpoint)
     check_weights(weights, network, f"{checkpoint} ({layout.system})")
     network.load_state_dict(weights)
-    _write(network.state_dict(), Path(out))
+    with complete_or_absent(Path(out), "wb") as file:
+        torch.save(dict(network.state_dict()), file)
     used = len(published) - sum(dropped.values())
     return Conversion(layout.system, used, {part: layout.dropped[part] for part in dropped})
 
@@ -195,13 +196,3 @@ def _new_name(name: str, layout: _Layout) -> str | None:
             stage = int(match[1]) - 1 if match.groups() else None  # published stages count from 1
             return replacement.format(stage=stage) + name[match.end() :]
     return None
-
-
-def _write(weights: Mapping[str, torch.Tensor], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        torch.save(dict(weights), unfinished)
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from monai.data import MetaTensor
 from monai.engines import PrepareBatch
 from sklearn.metrics import roc_auc_score
 
+from trauma_monai.files import complete_or_absent
 from trauma_monai.metrics import best_constant, trauma_score
 from trauma_monai.pooling import SubmissionColumns, assessed_groups, pool_series
 from trauma_monai.targets import GROUPS, TARGETS, get_target
@@ -260,10 +261,8 @@ def write_predictions(path: Path, series: Sequence[SeriesPrediction], targets: S
         [(one.patient_id, one.series_id, one.aortic_hu, *one.probabilities.tolist()) for one in series],
         columns=["patient_id", "series_id", "aortic_hu", *targets],
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    table.to_csv(partial, index=False)
-    partial.replace(path)
+    with complete_or_absent(path) as file:
+        table.to_csv(file, index=False)
 
 
 def _solution(truth: pd.DataFrame) -> pd.DataFrame:

@@ -16,6 +16,7 @@ import pandas as pd
 import yaml
 from sklearn.metrics import roc_auc_score
 
+from trauma_monai.files import complete_or_absent
 from trauma_monai.metrics import Score, best_constant, read_solution, trauma_loss, trauma_score
 from trauma_monai.pooling import SubmissionColumns, assessed_groups, fit_scales, merge_models, pool_series
 from trauma_monai.targets import GROUPS, TARGETS
@@ -117,11 +118,9 @@ def write_oof(result: OutOfFold, out: Path) -> None:
         "held_out_score": _rounded(result.held_out_score),
         "scales": {name: _rounded(value) for name, value in result.scales.items()},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
     heading = "# Out-of-fold predictions, by trauma-monai oof. scaled_score is too good; held_out_score is honest.\n"
-    partial.write_text(heading + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    partial.replace(out)
+    with complete_or_absent(out) as file:
+        file.write(heading + yaml.safe_dump(content, sort_keys=False))
 
 
 def _find_models(predictions: Sequence[Path]) -> dict[str, list[Path]]:

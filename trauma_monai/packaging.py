@@ -24,9 +24,10 @@ from torch import nn
 
 from trauma_monai.bundle_metadata import complete_metadata, find_metadata_problems, requirements
 from trauma_monai.classifier import ORGAN_BUNDLE, config_files, find_bundle
+from trauma_monai.files import complete_or_absent, sha256_of
 from trauma_monai.networks import load_weights
 from trauma_monai.vendoring import find_itself, vendor
-from trauma_monai.zoo_checks import LARGE_FILE, LARGE_FILES, OVERLAYS, WORKFLOWS, check_package, sha256_of
+from trauma_monai.zoo_checks import LARGE_FILE, LARGE_FILES, OVERLAYS, WORKFLOWS, check_package
 
 __all__ = ["Package", "package"]
 
@@ -252,14 +253,12 @@ def _zip(folder: Path, top: str, out: Path) -> Path:
 
 
 def _write_zip(out: Path, files: Mapping[str, bytes], compression: int) -> None:
-    partial = out.with_name(f".{out.name}.partial")
-    with zipfile.ZipFile(partial, "w", compression) as archive:
+    with complete_or_absent(out, "wb") as file, zipfile.ZipFile(file, "w", compression) as archive:
         for name, content in files.items():
             info = zipfile.ZipInfo(name, ZIP_TIME)
             info.external_attr = 0o644 << 16
             info.compress_type = compression
             archive.writestr(info, content)
-    partial.replace(out)
 
 
 def _write_json(path: Path, content: Any) -> None:

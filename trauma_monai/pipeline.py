@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trauma_monai import __version__
 from trauma_monai.classifier import Models, load_models
 from trauma_monai.ensemble import load_ensemble
+from trauma_monai.files import complete_or_absent
 from trauma_monai.pictures import draw_coronal
 from trauma_monai.pooling import assessed_groups, pool_series
 from trauma_monai.report import render_index, render_report
@@ -319,9 +320,8 @@ def _write_rejected(left_out: Sequence[LeftOut], path: Path) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with complete_or_absent(path) as file:
+        file.write(text)
 
 
 # --- surroundings -----------------------------------------------------------------------------------------------------

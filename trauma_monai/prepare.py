@@ -49,6 +49,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from trauma_monai.datalist import DATALIST
 from trauma_monai.dicom import DicomError, read_series
+from trauma_monai.files import PART, complete_or_absent
 from trauma_monai.rsna_layout import (
     Rejection,
     RsnaSeries,
@@ -66,9 +67,6 @@ RECORD_VERSION = 1
 
 NIFTI_HEADER_BYTES = 352
 """Header of a NIfTI-1 file without extensions; the voxels follow."""
-
-PART = ".part"
-"""Ending of a file that is being written. Whatever still has it when a run starts was left by one that was killed."""
 
 MAX_MASK_SHIFT_VOXELS = 0.5
 """How far a corner of a mask may lie from the image's, along any axis. Below half a voxel, nearest-neighbour resampling
@@ -582,12 +580,12 @@ def _write_volume(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     image.set_sform(affine, SCANNER_SPACE)
     image.set_qform(affine, SCANNER_SPACE)
     image.header.set_xyzt_units("mm")
-    with _complete_or_absent(path, "wb") as file:
+    with complete_or_absent(path, "wb") as file:
         image.to_stream(file)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with _complete_or_absent(path, "w") as file:
+    with complete_or_absent(path, "w") as file:
         file.write(json.dumps(content, indent=1))
 
 
@@ -596,21 +594,8 @@ def _write_rejected(path: Path, rejected: Sequence[Rejection]) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(Rejection._fields)
     table.writerows(sorted(rejected))
-    with _complete_or_absent(path, "w") as file:
+    with complete_or_absent(path, "w") as file:
         file.write(text.getvalue())
-
-
-@contextmanager
-def _complete_or_absent(path: Path, mode: str) -> Iterator[Any]:
-    """Open a file that appears under its name when it is complete; until then the old one stays."""
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
-    try:
-        with part.open(mode) as file:
-            yield file
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _without_folder(text: str, folder: Path) -> str:

@@ -6,7 +6,6 @@ Nothing here knows a patient's name; the patient ID is the only key.
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from trauma_monai.files import complete_or_absent
 from trauma_monai.pictures import Picture, draw_slice
 from trauma_monai.targets import GROUPS, ORGAN_CODES, SUBMISSION_COLUMNS
 
@@ -368,13 +368,11 @@ def write_submission(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         for names in GROUPS.values():
             if columns[names[0]] < row[names[0]]:  # names[0] is the healthy column
                 row.update({name: columns[name] for name in names})
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with complete_or_absent(path) as file:
         writer = csv.DictWriter(file, ["patient_id", *SUBMISSION_COLUMNS], lineterminator="\n")
         writer.writeheader()
         for patient_id in sorted(rows):
             writer.writerow({"patient_id": patient_id, **rows[patient_id]})
-    os.replace(partial, path)
 
 
 def _rounded(value: float | None) -> float | None:

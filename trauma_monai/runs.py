@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events
 
 from trauma_monai.datalist import DATALIST, load_datalist
 from trauma_monai.dicom import NIFTI, discover_series
+from trauma_monai.files import complete_or_absent
 from trauma_monai.pooling import SubmissionColumns, pool_series
 
 __all__ = [
@@ -147,8 +148,5 @@ def _number(value: Any) -> float | None:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    """Replace a file at once, so that no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    with complete_or_absent(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")

@@ -34,8 +34,9 @@ class SamplePictures:
     """
 
     def __init__(self, log_dir: str | Path, slices: int = 8) -> None:
-        self.log_dir = log_dir
+        self.log_dir = str(log_dir)
         self.slices = slices
+        self._writer: SummaryWriter | None = None
 
     def attach(self, engine: Engine) -> None:
         """Draw when an epoch ends."""
@@ -44,9 +45,11 @@ class SamplePictures:
     def __call__(self, engine: Engine) -> None:
         """Write one picture."""
         sample = cast(list[Mapping[str, Any]], engine.state.output)[0]
-        with SummaryWriter(str(self.log_dir)) as writer:
-            picture = draw_sample(sample, self.slices)
-            writer.add_image("sample (masks above, predicted below)", picture, engine.state.epoch, dataformats="HWC")
+        if self._writer is None:  # one for all epochs: each makes a file of its own
+            self._writer = SummaryWriter(self.log_dir)
+        picture = draw_sample(sample, self.slices)
+        self._writer.add_image("sample (masks above, predicted below)", picture, engine.state.epoch, dataformats="HWC")
+        self._writer.flush()
 
 
 def draw_sample(sample: Mapping[str, Any], slices: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.optim.lr_scheduler import LRScheduler
 
+from trauma_monai.files import complete_or_absent
 from trauma_monai.networks import SliceSequenceNet, create_encoder
 
 __all__ = [
@@ -297,7 +298,5 @@ def save_whole(content: Any, path: Path) -> None:
         content: what `torch.save` takes.
         path: file to write or replace; its folder is made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    torch.save(content, partial)
-    partial.replace(path)
+    with complete_or_absent(path, "wb") as file:
+        torch.save(content, file)

@@ -5,7 +5,6 @@ A package that passes does with MONAI's tools what its metadata says; the zoo's 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -22,11 +21,12 @@ from torch import nn
 
 from trauma_monai.bundle_metadata import FRAMEWORKS, example_shape, find_metadata_problems
 from trauma_monai.classifier import ORGAN_BUNDLE
+from trauma_monai.files import sha256_of
 from trauma_monai.networks import load_weights
 from trauma_monai.organs import OrganSegmenter
 from trauma_monai.vendoring import PACKAGE, missing_modules, outside_packages
 
-__all__ = ["LARGE_FILE", "LARGE_FILES", "OVERLAYS", "WORKFLOWS", "check_package", "sha256_of"]
+__all__ = ["LARGE_FILE", "LARGE_FILES", "OVERLAYS", "WORKFLOWS", "check_package"]
 
 WORKFLOWS = ("train", "inference")
 OVERLAYS = {
@@ -99,15 +99,6 @@ class _Package:
 
     def _config(self, name: str) -> Path:
         return self.folder / f"configs/{name}.json"
-
-
-def sha256_of(file: Path) -> str:
-    """Return the checksum of a file's content."""
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _find_layout_problems(package: _Package) -> Iterator[str]:
