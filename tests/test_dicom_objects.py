@@ -23,8 +23,8 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from trauma_monai import cli, pipeline
-from trauma_monai.classifier import Models
 from trauma_monai.dicom_codes import ORGAN_TYPES
+from trauma_monai.models import Models
 from trauma_monai.pipeline import Predictions, predict
 from trauma_monai.results import SliceScores
 from trauma_monai.targets import ORGAN_CODES, ORGANS

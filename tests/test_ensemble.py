@@ -16,7 +16,8 @@ import yaml
 from monai.data import MetaTensor
 
 from conftest import BUNDLES
-from trauma_monai.classifier import ORGAN_BUNDLE, TRAUMA_BUNDLE, TraumaClassifier, TraumaFlow
+from trauma_monai.bundle_files import ORGAN_BUNDLE, TRAUMA_BUNDLE
+from trauma_monai.classifier import TraumaClassifier, TraumaFlow
 from trauma_monai.ensemble import EnsembleClassifier, Member, read_ensemble
 from trauma_monai.pipeline import predict
 
@@ -170,7 +171,7 @@ def test_predict_runs_an_ensemble_with_its_scaling_factors(bundles_dir, tmp_path
 def save_organ_network(root: Path, path: Path) -> None:
     from monai.bundle import ConfigParser
 
-    from trauma_monai.classifier import config_files
+    from trauma_monai.bundle_files import config_files
 
     parser = ConfigParser(ConfigParser.load_config_files(config_files(root, "demo")))
     torch.save(parser.get_parsed_content("network_def").state_dict(), path)

@@ -338,7 +338,7 @@ def test_weights_of_another_variant_are_refused(bundle: Path) -> None:
 
 
 def test_an_unknown_variant_is_answered_with_the_known_ones(bundle: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"variants of this bundle: \['tiny'\]"):
+    with pytest.raises(ValueError, match="has no variant 'huge'; it has tiny"):
         OrganSegmenter(bundle, bundle / "weights.pt", variant="huge")
 
 

@@ -15,7 +15,10 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from trauma_monai import pipeline
-from trauma_monai.classifier import ORGAN_BUNDLE, TRAUMA_BUNDLE, Models, TraumaFlow, config_files, find_bundle
+from trauma_monai.bundle_files import ORGAN_BUNDLE, TRAUMA_BUNDLE, config_files, find_bundle
+from trauma_monai.classifier import TraumaFlow
+from trauma_monai.models import Models
+from trauma_monai.networks import deployed
 from trauma_monai.organs import OrganSegmenter
 from trauma_monai.pipeline import Predictions, predict
 from trauma_monai.results import SliceScores
@@ -329,6 +332,23 @@ def test_both_bundles_predict_a_study_by_their_own_configs(tmp_path):
     highest = max(row["probabilities"]["bowel_injury"] for row in record["slices"])
     assert record["network_outputs"]["bowel_injury"] == pytest.approx(highest, abs=1e-6)
     assert record["model"]["organ_variant"] == "demo"
+
+
+def test_fast_moves_probabilities_by_less_than_a_thousandth_and_no_mask(tmp_path, monkeypatch):
+    monkeypatch.setattr(deployed, "gains_from_float16", lambda device: True)
+    monkeypatch.setattr(deployed, "can_compile", lambda device: False)
+    write_series(tmp_path / "in", peak_hu=300)
+    organ = save_untrained_network(ORGAN_BUNDLE, tmp_path / "organ.pt")
+    trauma = save_untrained_network(TRAUMA_BUNDLE, tmp_path / "trauma.pt")
+    masks, outputs = [], []
+    for fast in (False, True):
+        out = tmp_path / f"fast_{fast}"
+        predict(tmp_path / "in", out, organ, trauma, variant="demo", device="cpu", fast=fast)
+        outputs.append(read_record(out / "10004")["network_outputs"])
+        masks.append(np.asarray(nib.load(next(out.glob("10004/*.nii.gz"))).dataobj))
+    np.testing.assert_array_equal(*masks)
+    assert outputs[0] != outputs[1]
+    assert outputs[1] == pytest.approx(outputs[0], abs=1e-3)
 
 
 def test_predict_gives_the_network_what_the_bundle_itself_would_read(tmp_path):

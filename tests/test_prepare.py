@@ -567,6 +567,13 @@ def killed_by_series_2(job):
 prepare_series = module._prepare_series
 
 
+def test_workers_do_not_wait_for_torch() -> None:
+    """Each worker is a process of its own, and imports what it runs."""
+    code = "import sys, trauma_monai.prepare; print(sorted({'monai', 'sklearn', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_series_that_kills_its_process_does_not_take_the_others_down(competition, out, tmp_path, monkeypatch):
     run(competition, out)
     monkeypatch.setattr(module, "_prepare_series", killed_by_series_2)

@@ -15,7 +15,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from conftest import SHARED_DATA
-from trauma_monai.classifier import ORGAN_BUNDLE, TRAUMA_BUNDLE, config_files, find_bundle
+from trauma_monai.bundle_files import ORGAN_BUNDLE, TRAUMA_BUNDLE, config_files, find_bundle
 from trauma_monai.dicom import read_series
 from trauma_monai.pipeline import predict
 

@@ -93,8 +93,9 @@ def test_scripted_traced_and_exported_networks_answer_the_same():
 
 
 @torch.no_grad()
-def test_bfloat16_works_on_a_cpu():
-    assert small_net().bfloat16()(volume(y=16, x=16).bfloat16()).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_works_on_a_cpu(dtype):
+    assert small_net().to(dtype)(volume(y=16, x=16).to(dtype)).dtype == dtype
 
 
 @torch.no_grad()

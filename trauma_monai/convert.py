@@ -15,7 +15,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
-from trauma_monai.classifier import config_files, find_bundle
+from trauma_monai.bundle_files import config_files, find_bundle
 from trauma_monai.files import complete_or_absent
 from trauma_monai.networks.weights import check_weights, describe, read_tensors
 

@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trauma_monai.files import DATALIST
 from trauma_monai.stacks import slice_windows
 
 __all__ = ["load_datalist", "organ_items", "window_items"]
-
-DATALIST = "datalist.json"
-"""Name of the list in a prepared data set."""
 
 SECTIONS = ("train", "validate", "all", "test")
 """What :func:`load_datalist` can be asked for."""

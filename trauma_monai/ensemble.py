@@ -27,16 +27,15 @@ import numpy as np
 import torch
 import yaml
 from monai.data import MetaTensor
-from monai.transforms import Compose
 
-from trauma_monai.classifier import Models, TraumaFlow, config_files, find_bundles, find_device, name_with_checksum
+from trauma_monai.classifier import TraumaFlow
+from trauma_monai.files import name_with_checksum
 from trauma_monai.networks import load_weights
-from trauma_monai.organs import OrganSegmenter
-from trauma_monai.pooling import ScaleColumns, SubmissionColumns, merge_models
+from trauma_monai.pooling import merge_models
 from trauma_monai.results import SliceScores
 from trauma_monai.targets import TARGETS
 
-__all__ = ["Ensemble", "EnsembleClassifier", "Member", "load_ensemble", "read_ensemble", "read_scales"]
+__all__ = ["Ensemble", "EnsembleClassifier", "Member", "read_ensemble", "read_scales"]
 
 ENTRIES = {"folder", "scales", "members"}
 """What an ensemble file may hold."""
@@ -69,6 +68,13 @@ class Ensemble(NamedTuple):
 
     members: tuple[Member, ...]
     scales: Path | None = None
+
+    def checksum(self) -> str:
+        """Of all that a prediction depends on: variants, weights, the content of checkpoints and scales."""
+        parts = [f"{member.variant} {member.weight} {name_with_checksum(member.checkpoint)}" for member in self.members]
+        if self.scales is not None:
+            parts.append(name_with_checksum(self.scales))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 Model: TypeAlias = tuple[TraumaFlow, list[Member]]
@@ -181,36 +187,6 @@ def read_scales(path: Path) -> dict[str, float]:
     return {str(column): float(factor) for column, factor in content["scales"].items()}
 
 
-def load_ensemble(
-    organ_weights: Path,
-    ensemble_path: Path,
-    organ_variant: str | None,
-    device: str,
-    bundles_dir: Path | str | None,
-    fast: bool = False,
-) -> Models:
-    """Build the organ bundle with its weights and an ensemble of the classification bundle.
-
-    See :func:`trauma_monai.pipeline.predict` for the arguments and errors.
-    """
-    organ_root, trauma_root = find_bundles(bundles_dir)
-    ensemble = read_ensemble(ensemble_path)
-    config_files(organ_root, organ_variant)  # an unknown variant is cheaper to refuse before any network is built
-    where = find_device(device)
-    classify = EnsembleClassifier(trauma_root, ensemble.members, where, fast)
-    columns: Any = SubmissionColumns()
-    if ensemble.scales is not None:
-        columns = Compose([columns, ScaleColumns(read_scales(ensemble.scales))])
-    names = {
-        "ensemble": f"{ensemble_path.name}, {len(ensemble.members)} networks (sha256 {_checksum(ensemble)})",
-        "organ_variant": organ_variant or "default",
-        "organ_weights": name_with_checksum(organ_weights),
-        **({"arithmetic": "fast"} if fast else {}),
-    }
-    segment = OrganSegmenter(organ_root, organ_weights, variant=organ_variant, device=where, fast=fast)
-    return Models(segment, classify, names, classify.series_mode, columns)
-
-
 def _stack_of(model: Model) -> str:
     return model[0].text_of("preprocessing")
 
@@ -276,11 +252,3 @@ def _read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-
-
-def _checksum(ensemble: Ensemble) -> str:
-    """Of all that a prediction depends on: variants, weights, the content of checkpoints and scales."""
-    parts = [f"{member.variant} {member.weight} {name_with_checksum(member.checkpoint)}" for member in ensemble.members]
-    if ensemble.scales is not None:
-        parts.append(name_with_checksum(ensemble.scales))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

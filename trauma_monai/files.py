@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and their checksums."""
+"""Files: their names, written whole or not at all, and their checksums."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PART", "complete_or_absent", "sha256_of"]
+__all__ = ["DATALIST", "PART", "complete_or_absent", "name_with_checksum", "sha256_of"]
+
+DATALIST = "datalist.json"
+"""Name of the list in a prepared data set."""
 
 PART = ".part"
 """Ending of a file that is being written. What still has it when a run starts was left by one that was killed."""
@@ -42,3 +45,14 @@ def sha256_of(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def name_with_checksum(weights: Path) -> str:
+    """Name a file and its content, for the report.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+    """
+    if not weights.is_file():
+        raise FileNotFoundError(f"no weights at {weights}: train the bundle, or copy its model.pt there.")
+    return f"{weights.name} (sha256 {sha256_of(weights)[:12]})"

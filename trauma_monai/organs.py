@@ -30,6 +30,7 @@ from monai.utils import ImageMetaKey, TraceKeys, convert_to_tensor, ensure_tuple
 from torch import nn
 from torch.nn import functional
 
+from trauma_monai.bundle_files import config_files
 from trauma_monai.networks import load_weights
 from trauma_monai.targets import CODES_OF_ORGAN, ORGAN_CODES
 
@@ -396,10 +397,10 @@ class OrganSegmenter:
         weights: state dict of ``network_def``; loaded strictly.
         variant: name of a file in configs/variants, the one that the weights were trained with; None for none.
         device: where the network runs; None lets the config choose.
-        fast: see :func:`trauma_monai.for_inference`.
 
     Raises:
-        FileNotFoundError: when there is no such config, variant or weights file.
+        FileNotFoundError: when there is no such weights file.
+        ValueError: when there is no such bundle or variant.
         RuntimeError: when the weights belong to another network (another variant, for instance).
     """
 
@@ -409,11 +410,10 @@ class OrganSegmenter:
         weights: str | Path,
         variant: str | None = None,
         device: str | torch.device | None = None,
-        fast: bool = False,
     ) -> None:
-        config = ConfigParser.load_config_files([str(path) for path in _inference_configs(Path(bundle_root), variant)])
+        config = ConfigParser.load_config_files(config_files(Path(bundle_root), variant))
         parser = ConfigParser(config)
-        overrides: dict[str, Any] = {"bundle_root": str(bundle_root), "fast": fast}
+        overrides: dict[str, Any] = {"bundle_root": str(bundle_root)}
         if device is not None:
             overrides["device"] = str(device)
         parser.update(overrides)
@@ -446,19 +446,6 @@ class OrganSegmenter:
         return MetaTensor(label_map.as_tensor().clone(), affine=image.affine)
 
 
-def _inference_configs(bundle_root: Path, variant: str | None) -> list[Path]:
-    configs = bundle_root / "configs"
-    stems = ["inference", *([f"variants/{variant}"] if variant else [])]
-    paths = []
-    for stem in stems:
-        found = [path for extension in ("yaml", "json") if (path := configs / f"{stem}.{extension}").is_file()]
-        if not found:
-            known = sorted(path.stem for path in configs.glob("variants/*"))
-            raise FileNotFoundError(f"no {configs / stem}.yaml (or .json); variants of this bundle: {known}.")
-        paths.append(found[0])
-    return paths
-
-
 def _without_files(transforms: Compose) -> Compose:
     """Leave out what reads and writes files; an image in memory has its channel axis already."""
     return Compose(
@@ -476,7 +463,6 @@ class SegmentOrgansd(MapTransform):
         organs_key: entry that holds the label map, or receives it.
         variant: see :class:`OrganSegmenter`.
         device: see :class:`OrganSegmenter`.
-        fast: see :class:`OrganSegmenter`.
         allow_missing_keys: skip a key that the sample lacks instead of failing.
 
     Raises:
@@ -491,7 +477,6 @@ class SegmentOrgansd(MapTransform):
         organs_key: str = "organs",
         variant: str | None = None,
         device: str | torch.device | None = None,
-        fast: bool = False,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -500,7 +485,6 @@ class SegmentOrgansd(MapTransform):
         self.organs_key = organs_key
         self.variant = variant
         self.device = device
-        self.fast = fast
         self._segmenter: OrganSegmenter | None = None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -518,7 +502,7 @@ class SegmentOrgansd(MapTransform):
                     f"the sample has no {self.organs_key!r} and there are no organ weights at {weights}: copy that "
                     "bundle's model.pt there, give other weights, or run `trauma-monai segment` first."
                 )
-            self._segmenter = OrganSegmenter(self.bundle_root, weights, self.variant, self.device, self.fast)
+            self._segmenter = OrganSegmenter(self.bundle_root, weights, self.variant, self.device)
         organs = self._segmenter(image)
         # Masks follow the image: what is undone for it later (its orientation) can be undone for them.
         organs.applied_operations = deepcopy(image.applied_operations)

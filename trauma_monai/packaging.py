@@ -22,8 +22,8 @@ import yaml
 from monai.bundle import ConfigParser
 from torch import nn
 
+from trauma_monai.bundle_files import ORGAN_BUNDLE, config_files, find_bundle
 from trauma_monai.bundle_metadata import complete_metadata, find_metadata_problems, requirements
-from trauma_monai.classifier import ORGAN_BUNDLE, config_files, find_bundle
 from trauma_monai.files import complete_or_absent, sha256_of
 from trauma_monai.networks import load_weights
 from trauma_monai.vendoring import find_itself, vendor

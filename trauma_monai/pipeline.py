@@ -29,9 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trauma_monai import __version__
-from trauma_monai.classifier import Models, load_models
-from trauma_monai.ensemble import load_ensemble
 from trauma_monai.files import complete_or_absent
+from trauma_monai.models import Models, load_models
 from trauma_monai.pictures import draw_coronal
 from trauma_monai.pooling import assessed_groups, pool_series
 from trauma_monai.report import render_index, render_report
@@ -162,7 +161,8 @@ def predict(
         overwrite: predict again what OUT already holds.
         ensemble: list of checkpoints in place of trauma_weights and variant, see :mod:`trauma_monai.ensemble`.
         dicom: write DICOM objects as well; a study that an earlier run finished without them is predicted again.
-        fast: compute in bfloat16 and compiled where the device gains from it, see :func:`trauma_monai.for_inference`.
+        fast: classify in float16 and compiled where the device gains from it, see :func:`trauma_monai.for_inference`.
+            Masks stay exact: they decide the crop, and a voxel more in it moves probabilities further than rounding.
 
     Raises:
         FileNotFoundError: when a weights file is missing.
@@ -171,13 +171,9 @@ def predict(
             with the reasons.
     """
     input_path, out = Path(input_path), Path(out)
-    organ_weights, where = Path(organ_weights), (device, bundles_dir, fast)
-    if trauma_weights is not None and ensemble is None:
-        models = load_models(organ_weights, Path(trauma_weights), variant, organ_variant, *where)
-    elif ensemble is not None and trauma_weights is None and variant is None:
-        models = load_ensemble(organ_weights, Path(ensemble), organ_variant, *where)
-    else:
-        raise ValueError("expected either trauma weights, with their variant if any, or an ensemble, which names both.")
+    trauma_weights, ensemble = (path if path is None else Path(path) for path in (trauma_weights, ensemble))
+    variants = variant, organ_variant
+    models = load_models(Path(organ_weights), trauma_weights, *variants, ensemble, device, bundles_dir, fast)
     studies, left_out = find_studies(input_path)
     if out.is_file():
         raise ValueError(f"{out} is a file; expected a folder for the results.")

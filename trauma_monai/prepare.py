@@ -47,9 +47,8 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trauma_monai.datalist import DATALIST
 from trauma_monai.dicom import DicomError, read_series
-from trauma_monai.files import PART, complete_or_absent
+from trauma_monai.files import DATALIST, PART, complete_or_absent
 from trauma_monai.rsna_layout import (
     Rejection,
     RsnaSeries,
@@ -219,7 +218,8 @@ def segment(
         How many masks were made.
 
     Raises:
-        FileNotFoundError: when there is no datalist.json, or no such weights or variant.
+        FileNotFoundError: when there is no datalist.json, or no such weights.
+        ValueError: when the bundle has no such variant.
         RuntimeError: when some series could not be segmented; the others have their masks.
     """
     out = Path(out).expanduser().absolute()
@@ -270,7 +270,7 @@ def _segment_items(
 def _organ_segmenter(
     bundles_dir: str | Path | None, weights: str | Path, variant: str | None, device: str | None
 ) -> Callable[..., Any]:
-    from trauma_monai.classifier import ORGAN_BUNDLE, find_bundle
+    from trauma_monai.bundle_files import ORGAN_BUNDLE, find_bundle
     from trauma_monai.organs import OrganSegmenter
 
     root = find_bundle(ORGAN_BUNDLE, None if bundles_dir is None else Path(bundles_dir))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from sklearn.model_selection import StratifiedKFold
 
 from trauma_monai.targets import FRAME_LABEL_NAMES, FRAME_TARGETS, GROUPS, SUBMISSION_COLUMNS, TARGETS
 
@@ -150,6 +149,8 @@ def assign_folds(labels: Mapping[str, Mapping[str, int]], folds: int) -> dict[st
     Raises:
         ValueError: when there are fewer patients than folds.
     """
+    from sklearn.model_selection import StratifiedKFold  # of no use to the workers, which import this module too
+
     if len(labels) < folds:
         raise ValueError(f"{len(labels)} patients cannot be split into {folds} folds; lower the number of folds.")
     patients = sorted(labels, key=lambda patient: (len(patient), patient))

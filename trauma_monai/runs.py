@@ -11,10 +11,11 @@ from typing import Any, Literal, cast
 import torch
 from ignite.engine import Engine, Events
 
-from trauma_monai.datalist import DATALIST, load_datalist
-from trauma_monai.dicom import NIFTI, discover_series
-from trauma_monai.files import complete_or_absent
+from trauma_monai.datalist import load_datalist
+from trauma_monai.dicom import discover_series
+from trauma_monai.files import DATALIST, complete_or_absent
 from trauma_monai.pooling import SubmissionColumns, pool_series
+from trauma_monai.volume_reader import NIFTI
 
 __all__ = [
     "SaveMetrics",

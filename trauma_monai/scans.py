@@ -16,7 +16,8 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from monai.utils import MetaKeys, SpaceKeys
 
-from trauma_monai.dicom import NIFTI, SeriesFiles, VolumeReader, discover_series, read_series
+from trauma_monai.dicom import SeriesFiles, discover_series, read_series
+from trauma_monai.volume_reader import NIFTI, VolumeReader
 
 __all__ = ["LeftOut", "Scan", "StudyFiles", "find_studies", "one_line", "read_scan", "source_files"]
 

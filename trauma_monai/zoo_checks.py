@@ -19,8 +19,8 @@ from monai.bundle.properties import InferProperties, TrainProperties
 from monai.utils import BundleProperty, BundlePropertyConfig
 from torch import nn
 
+from trauma_monai.bundle_files import ORGAN_BUNDLE
 from trauma_monai.bundle_metadata import FRAMEWORKS, example_shape, find_metadata_problems
-from trauma_monai.classifier import ORGAN_BUNDLE
 from trauma_monai.files import sha256_of
 from trauma_monai.networks import load_weights
 from trauma_monai.organs import OrganSegmenter

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trauma_monai.classifier import find_bundle
+from trauma_monai.bundle_files import find_bundle
 from trauma_monai.phantom import write_phantoms
 
 ORGAN_BUNDLE = find_bundle("organ_ct_segmentation")

@@ -12,8 +12,8 @@ from monai.bundle import ConfigParser
 from torch.nn import functional
 
 from benchmarks.common import ORGAN_BUNDLE, TRAUMA_BUNDLE, Row, Settings, compare, largest_series, phantoms, take_turns
-from trauma_monai.classifier import config_files
-from trauma_monai.networks.deployed import can_compile, for_inference, gains_from_bfloat16
+from trauma_monai.bundle_files import config_files
+from trauma_monai.networks.deployed import can_compile, for_inference, gains_from_float16
 from trauma_monai.pipeline import predict
 
 SHAPES: dict[Path, tuple[int, ...]] = {ORGAN_BUNDLE: (1, 1, 64, 128, 128), TRAUMA_BUNDLE: (1, 32, 3, 384, 384)}
@@ -68,7 +68,7 @@ def _ours(bundle: Path, settings: Settings) -> dict[str, float]:
 
 
 def _fast_name(device: torch.device) -> str:
-    how = [name for name, yes in (("bf16", gains_from_bfloat16(device)), ("compiled", can_compile(device))) if yes]
+    how = [name for name, yes in (("fp16", gains_from_float16(device)), ("compiled", can_compile(device))) if yes]
     return f"fast ({', '.join(how) or 'no gain here'})"
 
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from benchmarks.common import Row, Settings, compare, largest_series, phantoms, take_turns
 from trauma_monai.datalist import load_datalist
-from trauma_monai.dicom import VolumeReader, read_series
+from trauma_monai.dicom import read_series
 from trauma_monai.prepare import prepare
+from trauma_monai.volume_reader import VolumeReader
 
 SLICES = 96
 

@@ -7,7 +7,7 @@ masks.py           organ-mask decoders that a SliceSequenceNet learns along with
 unet_decoder.py    the U-Net decoder that masks.py and unet3d.py share
 unet3d.py          InflatedUNet: a 2D U-Net whose kernels are repeated into depth
 weights.py         strict loading of saved weights
-deployed.py        a network as it runs outside training: exact, or faster in bfloat16 and compiled
+deployed.py        a network as it runs outside training: exact, or faster in float16 and compiled
 =================  =============================================================================
 """
 

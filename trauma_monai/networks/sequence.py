@@ -43,6 +43,10 @@ class SliceSequenceNet(nn.Module):
         https://www.kaggle.com/competitions/rsna-2023-abdominal-trauma-detection/discussion/447449
     """
 
+    half_precision_parts = ("encoder",)
+    """What :func:`~trauma_monai.networks.for_inference` may run in float16. The recurrent layer, which sums over all
+    slices, costs next to nothing."""
+
     def __init__(
         self,
         encoder: str = "coat_lite_medium_384",

@@ -146,7 +146,7 @@ def _inflate_batch_norm(flat: nn.BatchNorm2d) -> nn.BatchNorm3d:
 
 
 class _AvgPool3d(nn.Module):
-    """Average pooling that also takes bfloat16 on a CPU, for which torch has no kernel."""
+    """Average pooling that also takes half precision on a CPU, for which torch has no kernel."""
 
     def __init__(self, flat: nn.AvgPool2d) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class _AvgPool3d(nn.Module):
         self.count_include_pad = flat.count_include_pad
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pooled = x.float() if x.is_cpu and x.dtype == torch.bfloat16 else x
+        pooled = x.float() if x.is_cpu else x
         pooled = functional.avg_pool3d(
             pooled, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad
         )

@@ -12,7 +12,7 @@ from trauma_monai import __version__
 from trauma_monai.apps.deploy.model import DeployModel
 from trauma_monai.apps.deploy.operators import OrganWriter, SeriesLoader
 from trauma_monai.apps.deploy.trauma import ReportWriter, TraumaInference
-from trauma_monai.classifier import ORGAN_BUNDLE, TRAUMA_BUNDLE
+from trauma_monai.bundle_files import ORGAN_BUNDLE, TRAUMA_BUNDLE
 from trauma_monai.dicom_objects import Algorithm
 from trauma_monai.scans import StudyFiles
 

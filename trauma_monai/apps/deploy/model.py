@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 from monai.bundle import ConfigParser
 
-from trauma_monai.classifier import ORGAN_BUNDLE, config_files, find_bundle, name_with_checksum
+from trauma_monai.bundle_files import ORGAN_BUNDLE, config_files, find_bundle
+from trauma_monai.files import name_with_checksum
 from trauma_monai.targets import ORGAN_CODES, TARGETS
 
 __all__ = ["DeployModel", "read_model"]

@@ -28,7 +28,7 @@ from monailabel.tasks.train.bundle import BundleTrainTask
 from torch import nn
 
 from trauma_monai import __version__
-from trauma_monai.classifier import ORGAN_BUNDLE, TRAUMA_BUNDLE, find_bundles
+from trauma_monai.bundle_files import ORGAN_BUNDLE, TRAUMA_BUNDLE, find_bundles
 from trauma_monai.targets import ORGAN_CODES
 
 
