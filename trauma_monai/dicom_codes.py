@@ -21,6 +21,7 @@ PRIVATE_SCHEME = CodingSchemeIdentificationItem(
     responsible_organization="The trauma_monai contributors",
 )
 
+# pydicom knows the codes that DICOM itself uses; the others are SNOMED CT's, as HL7's mCODE profiles have them.
 INTESTINE = Code("113276009", "SCT", "Intestine")
 
 ORGAN_TYPES = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,20 +26,22 @@ def run(settings: Settings) -> list[Row]:
 
 
 def _workers(settings: Settings) -> list[Row]:
-    """Time many small series; what a worker needs to start counts once, as it does for thousands."""
-    source = phantoms(settings.work, 120, 128, 7.0)
+    """Time the command on many small series; what it needs to start counts once, as it does for thousands."""
+    source = phantoms(settings.work, 480, 128, 7.0)
     series = len(list(source.glob("train_images/*/*")))
 
     def side(workers: int) -> Callable[[], None]:
         def prepare_afresh() -> None:
             out = settings.work / f"prepared_by_{workers}"
             shutil.rmtree(out, ignore_errors=True)
-            prepare(source, out, workers=workers, folds=2, progress=False)
+            program = Path(sys.executable).with_name("trauma-monai")
+            command = [program, "prepare", source, out, "--workers", str(workers)]
+            subprocess.run(command, check=True, capture_output=True)
 
         return prepare_afresh
 
     times = take_turns({"2 workers": side(2), "1 worker": side(1)}, settings, per=series / 1000)
-    return compare("prepare", f"{series} series of 128 x 128, start of the workers included", times, "ms per series")
+    return compare("prepare", f"{series} series of 128 x 128, start included", times, "ms per series")
 
 
 def _access(settings: Settings) -> list[Row]:
