@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nibabel as nib
@@ -38,19 +40,30 @@ loss: {_target_: trauma_monai.OrganDiceCELoss}
 """
 
 
-def run(*arguments: str, cwd: Path, processes: int = 1) -> str:
-    """Run `python -m monai.bundle run` and return what it printed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "monai.bundle", "run", *arguments]
+def run(*arguments: str, cwd: Path, nodes: int = 1) -> str:
+    """Run `python -m monai.bundle run`, on several nodes by a torchrun of each, and return what was printed."""
     variables = {
         **os.environ,
         "MONAI_FAIL_ON_DUPLICATE_CONFIG": "1",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+    launcher = ["-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=1", "--rdzv_id=test"]
+    launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"] if nodes > 1 else []
+    command = [sys.executable, *(launcher if nodes > 1 else []), "-m", "monai.bundle", "run", *arguments]
+    with tempfile.TemporaryFile("w+") as log:
+        started = [subprocess.Popen(command, cwd=cwd, env=variables, stdout=log, stderr=log) for _ in range(nodes)]
+        codes = [process.wait() for process in started]
+        log.seek(0)
+        printed = log.read()
+    assert codes == [0] * nodes, printed
+    return printed
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def config_files(*files: Path | str) -> str:
@@ -161,15 +174,15 @@ def test_inference_writes_uint8_codes_on_the_grid_of_the_input(trained: Path, ti
     assert set(np.unique(np.asanyarray(organs.dataobj))) <= {0, *ORGAN_CODES.values()}
 
 
-def test_two_processes_train_and_evaluate_together(dataset_dir: Path, tiny: Path, tmp_path: Path) -> None:
+def test_two_nodes_train_and_evaluate_together(dataset_dir: Path, tiny: Path, tmp_path: Path) -> None:
     common = ["--bundle_root", str(BUNDLE), "--dataset_dir", str(dataset_dir), "--ckpt_dir", str(tmp_path)]
     common += ["--output_dir", str(tmp_path / "eval"), "--epochs", "1"]
     train = config_files(CONFIGS / "train.yaml", tiny, CONFIGS / "multi_gpu_train.yaml")
     evaluate = config_files(
         *(CONFIGS / "train.yaml", tiny, CONFIGS / "evaluate.yaml", CONFIGS / "multi_gpu_evaluate.yaml")
     )
-    run("training", "--config_file", train, *common, cwd=tmp_path, processes=2)
-    run("evaluating", "--config_file", evaluate, *common, "--fold", "-1", cwd=tmp_path, processes=2)
+    run("training", "--config_file", train, *common, cwd=tmp_path, nodes=2)
+    run("evaluating", "--config_file", evaluate, *common, "--fold", "-1", cwd=tmp_path, nodes=2)
     by_two = json.loads((tmp_path / "eval/metrics.json").read_text())
     assert len((tmp_path / "eval/val_mean_dice_raw.csv").read_text().splitlines()) == 1 + 4, "each volume once"
     evaluate = config_files(CONFIGS / "train.yaml", tiny, CONFIGS / "evaluate.yaml")
