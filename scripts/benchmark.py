@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -48,12 +51,18 @@ def main() -> None:
         settings = Settings(work, torch.device(arguments.device), arguments.rounds)
         rows: list[Row] = []
         for part in arguments.parts or PARTS:
-            done = PARTS[part](settings)
+            done = in_own_process(PARTS[part], settings)
             print_table(part, done)
             rows += done
     content = {"machine": machine(settings.device), "rows": [row.as_dict() for row in rows]}
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")
     print(f"rows in {arguments.out}", file=sys.stderr)
+
+
+def in_own_process(part: Callable[[Settings], list[Row]], settings: Settings) -> list[Row]:
+    """Run a part where no threads, memory settings or compiled networks of another part reach it."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(part, settings).result()
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,17 @@ from monai.data import MetaTensor
 
 from benchmarks.common import TRAUMA_BUNDLE, Row, Settings, compare, largest_series, peer, phantoms, take_turns
 from trauma_monai.datalist import load_datalist, window_items
+from trauma_monai.memory import keep_freed_memory
 from trauma_monai.prepare import prepare
 
 
 def run(settings: Settings) -> list[Row]:
-    """Compare our one resampling with albumentations' steps, slice by slice, as the published training has them."""
+    """Compare our one resampling with albumentations' steps, slice by slice, as the published training has them.
+
+    Both sides have one thread and keep freed memory, as a data loader's worker does in training.
+    """
+    keep_freed_memory()
+    torch.set_num_threads(1)
     flow = ConfigParser(ConfigParser.load_config_file(TRAUMA_BUNDLE / "configs/train.yaml"))
     flow["prob_flip_x"] = flow["prob_flip_y"] = 1.0
     flow["train::warp::prob_perspective"] = flow["train::warp::prob_rotate"] = 1.0
@@ -28,6 +35,7 @@ def run(settings: Settings) -> list[Row]:
         images = [np.ascontiguousarray(np.moveaxis(np.asarray(group), 0, -1)) for group in _full(sample["image"])]
         masks = [np.ascontiguousarray(np.asarray(mask)) for mask in _full(sample["organs"])]
         replay = _published(albumentations)
+        importlib.import_module("cv2").setNumThreads(1)
         sides["albumentations, slice by slice"] = lambda: _replay(albumentations, replay, images, masks)
     rows = compare("sample", "augmentation", take_turns(sides, settings, per=1e-3), "ms")
     whole = take_turns({"from the store to the network's input": lambda: _run(steps, item)}, settings, per=1e-3)
