@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from competition import Competition
 
 PROJECT = Path(__file__).parents[1]
 BUNDLES = PROJECT / "bundles"
 SHARED_DATA = PROJECT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def competition(tmp_path: Path) -> Competition:
+    """Two patients: 10 is healthy and has one series, 20 has two and an injured kidney and bowel."""
+    from competition import Competition
+
+    made = Competition(tmp_path / "rsna")
+    made.patient("10")
+    made.patient("20", kidney_high=1, bowel_injury=1)
+    made.add_series("10", "1")
+    made.add_series("20", "2")
+    made.add_series("20", "3", head_first=False)
+    made.write_tables()
+    return made
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
 
 
 @pytest.fixture(scope="session")

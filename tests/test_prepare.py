@@ -1,13 +1,7 @@
-"""Small data sets in the competition's layout, written here.
-
-A slice has 6 rows and 8 columns of 2.0 x 1.5 mm; slices are 3 mm apart. The HU of a pixel tell where it is:
-100 * slice (counted from the feet) + 10 * row + column, so that no flip goes unseen.
-"""
+"""trauma-monai prepare: volumes, masks, labels, folds, rejections, restarts, cluster."""
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import signal
 import subprocess
@@ -18,127 +12,14 @@ import nibabel
 import numpy as np
 import pytest
 from dask.distributed import LocalCluster
-from monai.data import MetaTensor
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import trauma_monai.prepare as module
-from trauma_monai.prepare import mask_on_grid, prepare, segment
+from competition import AFFINE, HU, ROWS, SHAPE, items_of, one_voxel, rejected_of, run, write_dicom
+from trauma_monai import workers
+from trauma_monai.organ_masks import mask_on_grid
+from trauma_monai.prepare import prepare
 from trauma_monai.rsna_layout import assign_folds
-from trauma_monai.targets import SUBMISSION_COLUMNS, TARGETS
-
-SLICES, ROWS, COLUMNS = 5, 6, 8
-SHAPE = (COLUMNS, ROWS, SLICES)
-HU = 100 * np.arange(SLICES) + 10 * np.arange(ROWS)[:, None] + np.arange(COLUMNS)[:, None, None]
-AFFINE = np.array([[-1.5, 0, 0, 10], [0, -2.0, 0, 20], [0, 0, 3.0, -100], [0, 0, 0, 1]])
-"""DICOM's x = -10 and y = -20 point to the left and to the back; NIfTI's axes point the other way."""
-
-
-class Competition:
-    """A folder in the competition's layout, filled patient by patient."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.patients: dict[str, dict] = {}
-        self.series: list[dict] = []
-        self.frames: list[dict] = []
-
-    def patient(self, patient_id: str, **injuries: int) -> None:
-        row = {column: int(column.endswith("_healthy")) for column in SUBMISSION_COLUMNS} | injuries
-        for column, value in injuries.items():
-            if value:
-                row[f"{column.rpartition('_')[0]}_healthy"] = 0
-        self.patients[patient_id] = {"patient_id": patient_id} | row
-
-    def add_series(
-        self, patient_id: str, series_id: str, head_first: bool = True, aortic_hu: float | None = 200
-    ) -> Path:
-        """Write DICOM; ``head_first``: instance 1 is the slice nearest to the head, as in most series."""
-        folder = self.folder / "train_images" / patient_id / series_id
-        write_dicom(folder, head_first)
-        self.series.append({"patient_id": patient_id, "series_id": series_id, "aortic_hu": aortic_hu})
-        return folder
-
-    def add_mask(self, series_id: str, codes: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
-        path = self.folder / "segmentations" / f"{series_id}.nii"
-        path.parent.mkdir(exist_ok=True)
-        nibabel.save(nibabel.Nifti1Image(codes, affine), path)
-        return path
-
-    def write_tables(self) -> None:
-        frame_columns = ("patient_id", "series_id", "instance_number", "injury_name")
-        self._write("train.csv", ("patient_id", *SUBMISSION_COLUMNS), list(self.patients.values()))
-        self._write("train_series_meta.csv", ("patient_id", "series_id", "aortic_hu"), self.series)
-        self._write("image_level_labels.csv", frame_columns, self.frames)
-
-    def _write(self, name: str, columns: tuple[str, ...], rows: list[dict]) -> None:
-        with (self.folder / name).open("w", newline="") as file:
-            table = csv.DictWriter(file, columns)
-            table.writeheader()
-            table.writerows(rows)
-
-
-def write_dicom(folder: Path, head_first: bool = True) -> None:
-    folder.mkdir(parents=True)
-    study, series, frame = generate_uid(), generate_uid(), generate_uid()
-    for z in range(SLICES):
-        instance = SLICES - z if head_first else z + 1
-        meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
-        meta.MediaStorageSOPInstanceUID = generate_uid()
-        path = folder / f"{instance}.dcm"
-        image = FileDataset(path, {}, bytes(128), meta, is_implicit_VR=False, is_little_endian=True)
-        image.SOPClassUID, image.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-        image.StudyInstanceUID, image.SeriesInstanceUID, image.FrameOfReferenceUID = study, series, frame
-        image.PatientID, image.Modality, image.InstanceNumber = folder.parent.name, "CT", instance
-        image.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
-        image.Rows, image.Columns, image.PixelSpacing, image.SliceThickness = ROWS, COLUMNS, [2.0, 1.5], 3.0
-        image.ImagePositionPatient = [-10, -20, -100 + 3 * z]
-        image.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-        image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
-        image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 12, 11, 0
-        image.RescaleIntercept, image.RescaleSlope = -1024, 1
-        image.PixelData = (HU[:, :, z].T + 1024).astype("<u2").tobytes()
-        image.save_as(path)
-
-
-@pytest.fixture
-def competition(tmp_path: Path) -> Competition:
-    """Two patients: 10 is healthy and has one series, 20 has two and an injured kidney and bowel."""
-    made = Competition(tmp_path / "rsna")
-    made.patient("10")
-    made.patient("20", kidney_high=1, bowel_injury=1)
-    made.add_series("10", "1")
-    made.add_series("20", "2")
-    made.add_series("20", "3", head_first=False)
-    made.write_tables()
-    return made
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-def run(competition: Competition, out: Path, **options):
-    return prepare(competition.folder, out, **{"workers": 1, "folds": 2, "progress": False} | options)
-
-
-def items_of(out: Path, section: str = "training") -> dict[str, dict]:
-    return {item["series_id"]: item for item in json.loads((out / "datalist.json").read_text())[section]}
-
-
-def rejected_of(out: Path) -> list[tuple[str, ...]]:
-    with (out / "rejected.csv").open(newline="") as file:
-        return [tuple(row) for row in csv.reader(file)][1:]
-
-
-def one_voxel(code: int = 1) -> np.ndarray:
-    """A mask of one voxel: slice 4, row 1, column 6, whose HU are 416."""
-    codes = np.zeros(SHAPE, np.uint8)
-    codes[6, 1, 4] = code
-    return codes
-
+from trauma_monai.targets import TARGETS
 
 # Volumes
 
@@ -578,102 +459,12 @@ def test_a_series_that_kills_its_process_does_not_take_the_others_down(competiti
     run(competition, out)
     monkeypatch.setattr(module, "_prepare_series", killed_by_series_2)
     # One attempt: starting a process takes seconds.
-    monkeypatch.setitem(module.LOCAL_DASK, "distributed.scheduler.allowed-failures", 0)
+    monkeypatch.setitem(workers.LOCAL_DASK, "distributed.scheduler.allowed-failures", 0)
     run(competition, tmp_path / "parallel", workers=2)
     [(_, series, reason)] = rejected_of(tmp_path / "parallel")
     assert series == "2"
     assert reason.startswith("the process that read it was killed")
     assert items_of(tmp_path / "parallel") == {series: items_of(out)[series] for series in "13"}
-
-
-# Masks by a network
-
-
-class FakeSegmenter:
-    """Calls every voxel above 300 HU liver; counts its calls."""
-
-    def __init__(self, *arguments: object, fail_at: int = 0, error: BaseException | None = None) -> None:
-        self.calls, self.fail_at, self.error = 0, fail_at, error
-
-    def __call__(self, image: MetaTensor) -> MetaTensor:
-        self.calls += 1
-        if self.error is not None and self.calls == self.fail_at:
-            raise self.error
-        return MetaTensor((image.as_tensor() > 300).byte(), affine=image.affine)
-
-
-@pytest.fixture
-def prepared(competition, out) -> Path:
-    """Series 1 has a mask, 2 and 3 have none."""
-    competition.add_mask("1", one_voxel())
-    run(competition, out)
-    return out
-
-
-def use(monkeypatch: pytest.MonkeyPatch, segmenter: FakeSegmenter) -> FakeSegmenter:
-    monkeypatch.setattr(module, "_organ_segmenter", lambda *arguments: segmenter)
-    return segmenter
-
-
-def test_segment_fills_in_the_missing_masks_on_the_grid_of_the_images(prepared, monkeypatch):
-    use(monkeypatch, FakeSegmenter())
-    assert segment(prepared, "weights.pt", progress=False) == 2
-    item = items_of(prepared)["3"]
-    assert item["organs_from"] == "model"
-    mask = nibabel.load(prepared / item["organs"])
-    assert np.array_equal(np.asanyarray(mask.dataobj), HU > 300)
-    assert np.allclose(mask.affine, AFFINE)
-    assert items_of(prepared)["1"]["organs_from"] == "segmentations"
-
-
-def test_segment_does_nothing_twice_unless_told_to(prepared, monkeypatch):
-    segmenter = use(monkeypatch, FakeSegmenter())
-    segment(prepared, "weights.pt", progress=False)
-    assert segment(prepared, "weights.pt", progress=False) == 0
-    assert segmenter.calls == 2
-    assert segment(prepared, "weights.pt", overwrite=True, progress=False) == 2
-    assert np.asanyarray(nibabel.load(prepared / "organs/10_1.nii").dataobj).sum() == 1
-
-
-def test_an_interrupted_segment_keeps_the_masks_that_are_done(prepared, monkeypatch):
-    use(monkeypatch, FakeSegmenter(fail_at=2, error=KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        segment(prepared, "weights.pt", progress=False)
-    assert {series: "organs" in item for series, item in items_of(prepared).items()} == {
-        "1": True,
-        "2": True,
-        "3": False,
-    }
-    use(monkeypatch, FakeSegmenter())
-    assert segment(prepared, "weights.pt", progress=False) == 1
-
-
-def test_a_series_that_cannot_be_segmented_is_named_and_the_others_are_done(prepared, monkeypatch):
-    use(monkeypatch, FakeSegmenter(fail_at=1, error=ValueError("too few slices")))
-    with pytest.raises(RuntimeError, match="1 of 2 series could not be segmented; the first: 20_2: too few slices"):
-        segment(prepared, "weights.pt", progress=False)
-    assert "organs" in items_of(prepared)["3"]
-
-
-def test_prepare_keeps_the_masks_that_a_network_made(competition, prepared, monkeypatch):
-    use(monkeypatch, FakeSegmenter())
-    segment(prepared, "weights.pt", progress=False)
-    run(competition, prepared)
-    assert items_of(prepared)["3"]["organs_from"] == "model"
-
-
-def test_a_mask_of_other_pixels_does_not_outlive_them(competition, prepared, monkeypatch):
-    use(monkeypatch, FakeSegmenter())
-    segment(prepared, "weights.pt", progress=False)
-    (competition.folder / "train_images/20/3/1.dcm").touch()
-    run(competition, prepared)
-    assert "organs" not in items_of(prepared)["3"]
-    assert "organs" in items_of(prepared)["2"]
-
-
-def test_segment_before_prepare_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="trauma-monai prepare"):
-        segment(tmp_path, "weights.pt")
 
 
 # Synthetic studies

@@ -83,6 +83,13 @@ def test_values_that_are_not_finite_count_as_zero():
     assert torch.equal(net(broken), net(image))
 
 
+@torch.no_grad()
+def test_a_network_that_has_diverged_does_not_answer_with_a_half():
+    net = small_net()
+    net.classifier.weight[0, 0] = float("nan")
+    assert net(stack()).isnan().any()
+
+
 def test_every_parameter_learns():
     net = small_net("coat_lite_tiny").train()
     net(stack()).sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from trauma_monai.training import (
     SaveBest,
     StepWithOptimizer,
     StopEarly,
+    StopWhenDiverged,
     TrainingProgress,
     TrainingState,
 )
@@ -44,6 +46,22 @@ def test_a_schedule_follows_the_steps_of_its_optimizer() -> None:
     assert schedule.get_last_lr() == [0.25]
     optimizer.step()
     assert schedule.get_last_lr() == [0.25], "the schedule stands still after the training"
+
+
+def run_with_losses(losses: list[float], steps: int) -> Engine:
+    engine = Engine(lambda _, loss: [{"loss": torch.tensor(loss)}])
+    StopWhenDiverged(steps).attach(engine)
+    engine.run(losses)
+    return engine
+
+
+def test_a_training_whose_loss_stays_nan_fails_with_the_reason() -> None:
+    with pytest.raises(RuntimeError, match=r"last 3 steps is not finite .* diverged\. Lower `lr`"):
+        run_with_losses([0.5, math.nan, math.inf, math.nan, 0.5], 3)
+
+
+def test_a_step_that_mixed_precision_skips_does_not_stop_a_training() -> None:
+    assert run_with_losses([0.5, math.nan, math.nan, 0.4, math.nan, math.nan, 0.3], 3).state.iteration == 7
 
 
 def test_published_weights_replace_those_of_the_encoder_when_training_starts(monkeypatch: pytest.MonkeyPatch) -> None:

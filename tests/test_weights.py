@@ -27,6 +27,14 @@ def test_every_mismatch_is_named_at_once(tmp_path: Path):
         load_weights(nn.Linear(2, 1), tmp_path / "model.pt")
 
 
+def test_weights_of_a_training_that_diverged_are_refused(tmp_path: Path):
+    saved = nn.Linear(2, 1).state_dict()
+    saved["bias"][0] = float("nan")
+    torch.save(saved, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="not finite: bias"):
+        load_weights(nn.Linear(2, 1), tmp_path / "model.pt")
+
+
 def test_long_lists_are_cut_short(tmp_path: Path):
     torch.save({f"extra{index}": torch.zeros(1) for index in range(8)}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="extra4 and 3 more"):

@@ -108,6 +108,7 @@ _COMPONENTS = {
         "SaveBest",
         "StepWithOptimizer",
         "StopEarly",
+        "StopWhenDiverged",
         "TrainingProgress",
         "TrainingState",
     ),

@@ -94,14 +94,13 @@ def segment(
     out: Annotated[Path, typer.Argument(help="Folder that 'prepare' wrote.")],
     weights: Annotated[Path, typer.Option(help="Weights of organ_ct_segmentation, model.pt.")],
     variant: Annotated[str | None, typer.Option(help="Variant of the bundle that the weights belong to.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU by default, where there is one.")
-    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Make again also the masks that these weights made.")] = False,
 ) -> None:
-    """Fill in organ masks for the prepared series that have none."""
-    from trauma_monai.prepare import segment as segment_dataset
+    """Fill in organ masks for the prepared series that have none, or whose masks other weights made."""
+    from trauma_monai.segment import segment as segment_dataset
 
-    segment_dataset(out, weights, variant=variant, device=device)
+    segment_dataset(out, weights, variant=variant, device=device, overwrite=overwrite)
 
 
 @app.command()

@@ -67,9 +67,8 @@ class InjuryLoss(nn.Module):
 
     Shapes: B studies, W windows, S slice groups, T targets, O organs, H x H pixels.
 
-    A NaN is neither replaced nor skipped. The reference zeroes NaN in the input and the logits (`torch.nan_to_num`);
-    here windowed slices cannot hold any, mixed precision skips the step by its gradient scaler, and a network that
-    returns NaN has diverged: MONAI's `TerminateOnNan` should see it.
+    A NaN is neither replaced nor skipped: a network that returns one has diverged, and MONAI's `TerminateOnNan` should
+    see it. (The reference zeroes NaN in the logits, which turns into probabilities of 0.5.)
 
     Args:
         mask_weight: weight of the Dice loss of each mask head; with two heads both count. The published 0.1 to 0.3.

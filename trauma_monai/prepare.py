@@ -12,8 +12,7 @@ An item has ``image``, ``organs`` and ``organs_from`` ("segmentations" or "model
 ``patient_id``, ``series_id``, ``aortic_hu`` (null when unknown), ``num_slices``, and in training ``label`` (target ->
 0 or 1), ``frame_labels`` (target -> slice indices of the stored volume) and ``fold``.
 
-Volumes are uncompressed NIfTI with the array axes to patient left, to posterior and to the head: the pixels of one
-axial slice lie together, so that a memory-mapped file gives 96 of 400 slices without reading the rest.
+How files are written says :mod:`trauma_monai.store`.
 
 A run can be stopped at any time and started again. A series counts as done when its record is there, its DICOM files
 and mask are those that the record was made from (names, sizes, modification times), and the files that were written
@@ -24,31 +23,19 @@ folds and aortic HU are read from the tables anew by every run.
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
-import logging
 import os
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from io import StringIO
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import dask
-import nibabel
 import numpy as np
-from dask.distributed import Client, KilledWorker, LocalCluster, as_completed
-from dask.system import CPU_COUNT
-from distributed import Worker, WorkerPlugin
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trauma_monai.console import progress_bar, say
 from trauma_monai.dicom import DicomError, read_series
-from trauma_monai.files import DATALIST, PART, complete_or_absent
+from trauma_monai.files import DATALIST, fingerprint, write_csv, write_json
+from trauma_monai.organ_masks import mask_on_grid
 from trauma_monai.rsna_layout import (
     Rejection,
     RsnaSeries,
@@ -57,30 +44,26 @@ from trauma_monai.rsna_layout import (
     read_frame_labels,
     read_labels,
 )
-from trauma_monai.targets import FRAME_TARGETS, ORGAN_CODES
+from trauma_monai.store import (
+    add_model_mask,
+    image_bytes,
+    image_path,
+    make_folders,
+    mask_bytes,
+    mask_path,
+    record_path,
+    size_of,
+    write_volume,
+)
+from trauma_monai.targets import FRAME_TARGETS
+from trauma_monai.workers import run_jobs
 
-__all__ = ["Prepared", "mask_on_grid", "prepare", "segment"]
+__all__ = ["Prepared", "prepare"]
 
 RECORD_VERSION = 1
 """Raised when volumes are written differently, so that older ones are made again."""
 
-NIFTI_HEADER_BYTES = 352
-"""Header of a NIfTI-1 file without extensions; the voxels follow."""
-
-MAX_MASK_SHIFT_VOXELS = 0.5
-"""How far a corner of a mask may lie from the image's, along any axis. Below half a voxel, nearest-neighbour resampling
-would return the mask unchanged; above, mask and image are of different volumes or one of them lies."""
-
-SCANNER_SPACE = 1
-"""NIfTI sform and qform code of coordinates given by the scanner."""
-
-
-LOCAL_DASK: dict[str, float] = {
-    # A worker holds one series and no next one, so that a series which kills it is told from those that wait.
-    "distributed.scheduler.worker-saturation": 1.0,
-    "distributed.scheduler.allowed-failures": 1,
-}
-"""Settings of the local cluster. It has no memory limit either: Dask would restart a worker for a long series."""
+KILLED = "the process that read it was killed each time: a decoder crashed, or memory ran out"
 
 
 class Prepared(NamedTuple):
@@ -153,14 +136,15 @@ def prepare(
     tables = _Tables.read(rsna_dir, folds) if any(one.section == "training" for one in series) else _Tables.empty()
     rejected += [Rejection(one.patient_id, one.series_id, reason) for one in series if (reason := tables.problem(one))]
     series = [one for one in series if not tables.problem(one)]
-    _make_folders(out)
+    make_folders(out)
 
     items: dict[int, dict[str, Any]] = {}
     reused = 0
     jobs = [_Job(_name(one), one.folder, one.mask, out, overwrite) for one in series]
     try:
-        with _progress_bar("series", len(jobs), progress) as advance:
-            for index, outcome in _run(jobs, workers, scheduler):
+        with progress_bar(progress) as bar:
+            outcomes = run_jobs(_prepare_series, jobs, workers, scheduler, when_killed=_Outcome(reason=KILLED))
+            for index, outcome in bar.track(outcomes, total=len(jobs), description="series"):
                 one = series[index]
                 reused += outcome.reused
                 if outcome.record is None:
@@ -169,112 +153,25 @@ def prepare(
                     items[index], notes = _item(one, outcome.record, tables, out)
                 notes = [_without_folder(note, rsna_dir) for note in notes]
                 rejected += [Rejection(one.patient_id, one.series_id, note) for note in notes]
-                advance()
     except KeyboardInterrupt:
-        _say(f"interrupted: {len(items)} of {len(jobs)} series are done and kept; the same command goes on from there")
+        say(f"interrupted: {len(items)} of {len(jobs)} series are done and kept; the same command goes on from there")
         raise
 
     sections: dict[str, list[dict[str, Any]]] = {"training": [], "test": []}
     for index in sorted(items):
         sections[series[index].section].append(items[index])
-    _write_rejected(out / "rejected.csv", rejected)
-    _write_json(out / DATALIST, sections)
+    write_csv(out / "rejected.csv", Rejection._fields, sorted(rejected))
+    write_json(out / DATALIST, sections)
     if not items:
         first = rejected[0].reason if rejected else "there is none"
         raise ValueError(f"no series could be prepared ({first}); all reasons are in {out / 'rejected.csv'}.")
     masks = sum("organs" in item for item in items.values())
     summary = Prepared(len(sections["training"]), len(sections["test"]), masks, reused, len(rejected))
-    _say(
+    say(
         f"{summary.training} training and {summary.test} test series ({reused} from an earlier run), {masks} with "
         f"organ masks; not used: {summary.rejected}{', see rejected.csv' if rejected else ''}"
     )
     return summary
-
-
-def segment(
-    out: str | Path,
-    weights: str | Path,
-    variant: str | None = None,
-    bundles_dir: str | Path | None = None,
-    device: str | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> int:
-    """Fill in organ masks for the prepared series that have none, in training and test.
-
-    A mask that is there is not made again; one that came with the data set is never replaced. datalist.json is
-    brought up to date at the end, also when the run is interrupted.
-
-    Args:
-        out: folder that :func:`prepare` wrote.
-        weights: weights of the organ bundle.
-        variant: variant of the bundle that the weights belong to.
-        bundles_dir: folder with the organ bundle; by default the bundles that come with this package.
-        device: where the network runs; the config chooses by default.
-        overwrite: make again the masks that a network made, for instance with better weights.
-        progress: show a progress bar on stderr.
-
-    Returns:
-        How many masks were made.
-
-    Raises:
-        FileNotFoundError: when there is no datalist.json, or no such weights.
-        ValueError: when the bundle has no such variant.
-        RuntimeError: when some series could not be segmented; the others have their masks.
-    """
-    out = Path(out).expanduser().absolute()
-    if not (out / DATALIST).exists():
-        raise FileNotFoundError(f"no {DATALIST} in {out}; make it with 'trauma-monai prepare RSNA_DIR OUT'.")
-    sections = json.loads((out / DATALIST).read_text())
-    items = [item for section in sections.values() for item in section if item.get("organs_from") != "segmentations"]
-    todo = [item for item in items if overwrite or not _is_mask_of(_model_mask(out, item), out / item["image"])]
-    problems: list[str] = []
-    try:
-        if todo:
-            problems = _segment_items(todo, out, _organ_segmenter(bundles_dir, weights, variant, device), progress)
-    finally:
-        for item in items:
-            _add_model_mask(item, out)
-        _write_json(out / DATALIST, sections)
-    made = len(todo) - len(problems)
-    _say(f"{made} organ masks made, {len(items) - len(todo)} were there already")
-    if problems:
-        raise RuntimeError(f"{len(problems)} of {len(todo)} series could not be segmented; the first: {problems[0]}")
-    return made
-
-
-def _segment_items(
-    items: Sequence[Mapping[str, Any]], out: Path, segmenter: Callable[..., Any], progress: bool
-) -> list[str]:
-    """Segment one series after the other; what fails is named and does not stop the rest."""
-    from monai.data import MetaTensor
-
-    from trauma_monai import VolumeReader
-
-    reader = VolumeReader()
-    problems: list[str] = []
-    with _progress_bar("organ masks", len(items), progress) as advance:
-        for item in items:
-            voxels, meta = reader.get_data(reader.read(out / item["image"]))
-            try:
-                label_map = segmenter(MetaTensor(voxels[None], affine=meta["affine"]))
-            except (ValueError, RuntimeError) as error:
-                problems.append(f"{_name_of(item)}: {error}")
-            else:
-                codes = np.asarray(label_map.cpu()).astype(np.uint8, copy=False)[0]
-                _write_volume(_model_mask(out, item), codes, meta["affine"])
-            advance()
-    return problems
-
-
-def _organ_segmenter(
-    bundles_dir: str | Path | None, weights: str | Path, variant: str | None, device: str | None
-) -> Callable[..., Any]:
-    from trauma_monai.bundle_files import ORGAN_BUNDLE, find_bundle
-    from trauma_monai.organs import OrganSegmenter
-
-    root = find_bundle(ORGAN_BUNDLE, None if bundles_dir is None else Path(bundles_dir))
-    return OrganSegmenter(root, weights, variant, device)
 
 
 # One series: this part runs in the workers.
@@ -288,30 +185,29 @@ def _prepare_series(job: _Job) -> _Outcome:
     """
     try:
         files = sorted(job.folder.glob("*.dcm"))
-        inputs = _fingerprint(files, job.mask)
+        inputs = fingerprint([*files, *([job.mask] if job.mask else [])])
     except OSError as error:
         return _Outcome(reason=f"cannot be listed: {error.strerror}")
-    record_path = job.out / "records" / f"{job.name}.json"
-    record = None if job.overwrite else _valid_record(record_path, inputs, job)
+    record_file, image_file, mask_file = (path(job.out, job.name) for path in (record_path, image_path, mask_path))
+    record = None if job.overwrite else _valid_record(record_file, inputs, job)
     if record is not None:
         return _Outcome(record, reused=True)
-    record_path.unlink(missing_ok=True)
-    image_path, organs_path = (job.out / folder / f"{job.name}.nii" for folder in ("images", "organs"))
+    record_file.unlink(missing_ok=True)
     try:
         if not files:
             raise DicomError("no .dcm files")
         # The files, not the folder: of a folder, a file that is no DICOM any more would be left out unseen.
         volume = read_series(files)
     except Exception as error:  # decoders raise anything; the next series may well be fine
-        image_path.unlink(missing_ok=True)
+        image_file.unlink(missing_ok=True)
         return _Outcome(reason=_reason(error))
     codes, mask_problem = _read_mask(job.mask, volume.array.shape, volume.affine)
-    _write_volume(image_path, volume.array, volume.affine)
+    write_volume(image_file, volume.array, volume.affine)
     if codes is None:
         # Also one that `segment` made: it may belong to the pixels of before.
-        organs_path.unlink(missing_ok=True)
+        mask_file.unlink(missing_ok=True)
     else:
-        _write_volume(organs_path, codes, volume.affine)
+        write_volume(mask_file, codes, volume.affine)
     record = {
         "version": RECORD_VERSION,
         "inputs": inputs,
@@ -320,7 +216,7 @@ def _prepare_series(job: _Job) -> _Outcome:
         "has_mask": codes is not None,
         "mask_problem": mask_problem,
     }
-    _write_json(record_path, record)
+    write_json(record_file, record)
     return _Outcome(record)
 
 
@@ -333,59 +229,6 @@ def _read_mask(path: Path | None, shape: Sequence[int], affine: np.ndarray) -> t
         return None, f"mask not used: {_reason(error)}"
 
 
-def mask_on_grid(path: str | Path, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
-    """Read an organ mask and turn its axes to those of the image, as both affines say.
-
-    Nothing is resampled and nothing is guessed: axes are exchanged and reversed until they point as the image's do,
-    and then every corner must be where the image has it.
-
-    Args:
-        path: NIfTI file with organ codes.
-        shape: shape (X, Y, Z) of the image.
-        affine: RAS+ affine of the image, 4x4, in mm.
-
-    Returns:
-        Organ codes, uint8, of shape ``shape``.
-
-    Raises:
-        ValueError: when the file does not say how it lies, lies elsewhere, or holds other values than organ codes.
-    """
-    image = nibabel.load(path)
-    if not isinstance(image, nibabel.Nifti1Image):
-        raise ValueError(f"{type(image).__name__} is not NIfTI")
-    if image.header["sform_code"] == 0 and image.header["qform_code"] == 0:
-        raise ValueError("sform and qform codes are 0: the file does not say which side is left")
-    turn = ornt_transform(io_orientation(image.affine), io_orientation(affine))
-    turned_affine = image.affine @ inv_ornt_aff(turn, image.shape[:3])
-    codes = apply_orientation(np.asanyarray(image.dataobj), turn)
-    if codes.shape != tuple(shape):
-        raise ValueError(f"shape {codes.shape} differs from that of the image, {tuple(shape)} (axes as in the image)")
-    shift = _corner_shift_voxels(turned_affine, affine, shape)
-    if not shift <= MAX_MASK_SHIFT_VOXELS:
-        raise ValueError(
-            f"it lies up to {shift:.2f} voxels from the image, expected at most {MAX_MASK_SHIFT_VOXELS}: "
-            "their affines are of different grids"
-        )
-    low, high = codes.min(), codes.max()
-    if low < 0 or high > max(ORGAN_CODES.values()) or (codes.dtype.kind == "f" and (codes != np.rint(codes)).any()):
-        raise ValueError(f"values {low:g} to {high:g}, expected organ codes 0 to {max(ORGAN_CODES.values())}")
-    return codes.astype(np.uint8, copy=False)
-
-
-def _corner_shift_voxels(affine: np.ndarray, reference: np.ndarray, shape: Sequence[int]) -> float:
-    """Largest distance along any axis, in voxels of the reference, of the corner voxels of two grids."""
-    corners = np.array([[i, j, k, 1] for i in (0, shape[0] - 1) for j in (0, shape[1] - 1) for k in (0, shape[2] - 1)])
-    in_reference = np.linalg.inv(reference) @ affine @ corners.T
-    return float(np.abs(in_reference.T - corners).max())
-
-
-def _fingerprint(files: Sequence[Path], mask: Path | None) -> str:
-    """Names, sizes and modification times of everything that the series is made from, as one short text."""
-    stats = [(path.parent.name, path.name, path.stat()) for path in (*files, *([mask] if mask else []))]
-    facts = [(folder, name, stat.st_size, stat.st_mtime_ns) for folder, name, stat in stats]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
 def _valid_record(path: Path, inputs: str, job: _Job) -> dict[str, Any] | None:
     """The record of an earlier run, when it still describes the input and the files that were written."""
     try:
@@ -394,71 +237,15 @@ def _valid_record(path: Path, inputs: str, job: _Job) -> dict[str, Any] | None:
         return None
     if record.get("version") != RECORD_VERSION or record.get("inputs") != inputs:
         return None
-    voxels = int(np.prod(record["shape"]))
-    sizes = {job.out / "images" / f"{job.name}.nii": NIFTI_HEADER_BYTES + 2 * voxels}
+    whole = size_of(image_path(job.out, job.name)) == image_bytes(record["shape"])
     if record["has_mask"]:
-        sizes[job.out / "organs" / f"{job.name}.nii"] = NIFTI_HEADER_BYTES + voxels
-    return record if all(_size(file) == size for file, size in sizes.items()) else None
+        whole = whole and size_of(mask_path(job.out, job.name)) == mask_bytes(record["shape"])
+    return record if whole else None
 
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
-
-
-# The run: one process after the other, on this machine or on a cluster.
-
-
-def _run(jobs: Sequence[_Job], workers: int | None, scheduler: str | None) -> Iterator[tuple[int, _Outcome]]:
-    """Prepare all series, in any order; yields the index of the job with its outcome."""
-    workers = min(workers or CPU_COUNT, max(len(jobs), 1))
-    if scheduler is None and workers == 1:
-        yield from ((index, _prepare_series(job)) for index, job in enumerate(jobs))
-        return
-    with _dask_client(workers, scheduler) as client:
-        index_of = {future: index for index, future in enumerate(client.map(_prepare_series, jobs, pure=False))}
-        for future in as_completed(index_of, raise_errors=False):
-            index = index_of.pop(future)
-            yield index, _outcome(future)
-
-
-def _outcome(future: Any) -> _Outcome:
-    error = future.exception()
-    if isinstance(error, KilledWorker):
-        # A decoder that crashes, or memory that ran out: it takes its process along, not the run.
-        return _Outcome(reason="the process that read it was killed each time: a decoder crashed, or memory ran out")
-    if error is not None:
-        raise error
-    return future.result()
-
-
-class _IgnoreInterrupts(WorkerPlugin):
-    """Ctrl-C reaches every process of the terminal; the one that answers it stops the workers."""
-
-    def setup(self, worker: Worker) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextmanager
-def _dask_client(workers: int, scheduler: str | None) -> Iterator[Client]:
-    if scheduler is not None:
-        with Client(scheduler) as client:
-            yield client
-        return
-    with (
-        dask.config.set(LOCAL_DASK),
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=0,
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        client.register_plugin(_IgnoreInterrupts())
-        yield client
 
 
 # What is written.
@@ -495,9 +282,9 @@ def _item(
     """One entry of the datalist, and what of the series is not used."""
     name = _name(series)
     notes = [record["mask_problem"]] if record["mask_problem"] else []
-    item: dict[str, Any] = {"image": f"images/{name}.nii"}
+    item: dict[str, Any] = {"image": image_path(out, name).relative_to(out).as_posix()}
     if record["has_mask"]:
-        item |= {"organs": f"organs/{name}.nii", "organs_from": "segmentations"}
+        item |= {"organs": mask_path(out, name).relative_to(out).as_posix(), "organs_from": "segmentations"}
     if series.section == "training":
         frames, frame_notes = _frame_indices(
             tables.frames.get((series.patient_id, series.series_id), {}), record["instance_numbers"]
@@ -512,7 +299,7 @@ def _item(
         "num_slices": record["shape"][2],
     }
     if not record["has_mask"]:
-        _add_model_mask(item, out)
+        add_model_mask(item, out)
     return item, notes
 
 
@@ -532,84 +319,10 @@ def _frame_indices(
     return indices, [f"frame labels not used: no single slice has instance number {', '.join(map(str, sorted(lost)))}"]
 
 
-def _add_model_mask(item: dict[str, Any], out: Path) -> None:
-    """Add the mask that :func:`segment` made, if there is one."""
-    path = _model_mask(out, item)
-    if _is_mask_of(path, out / item["image"]):
-        item |= {"organs": path.relative_to(out).as_posix(), "organs_from": "model"}
-
-
-def _model_mask(out: Path, item: Mapping[str, Any]) -> Path:
-    return out / "organs" / f"{_name_of(item)}.nii"
-
-
-def _is_mask_of(mask: Path, image: Path) -> bool:
-    """Whether a mask is complete: one byte per voxel, where the image has two."""
-    mask_bytes, image_bytes = _size(mask), _size(image)
-    if mask_bytes is None or image_bytes is None:
-        return False
-    return 2 * (mask_bytes - NIFTI_HEADER_BYTES) == image_bytes - NIFTI_HEADER_BYTES
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
-
-
 def _name(series: RsnaSeries) -> str:
     return f"{series.patient_id}_{series.series_id}"
-
-
-def _name_of(item: Mapping[str, Any]) -> str:
-    return Path(item["image"]).stem
-
-
-def _make_folders(out: Path) -> None:
-    for name in ("images", "organs", "records"):
-        folder = out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"*{PART}"):
-            leftover.unlink()
-
-
-def _write_volume(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
-    # The order of the file: nibabel writes an array of the other order 10 times slower.
-    image = nibabel.Nifti1Image(np.asfortranarray(array), affine)
-    image.set_sform(affine, SCANNER_SPACE)
-    image.set_qform(affine, SCANNER_SPACE)
-    image.header.set_xyzt_units("mm")
-    with complete_or_absent(path, "wb") as file:
-        image.to_stream(file)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with complete_or_absent(path, "w") as file:
-        file.write(json.dumps(content, indent=1))
-
-
-def _write_rejected(path: Path, rejected: Sequence[Rejection]) -> None:
-    text = StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(Rejection._fields)
-    table.writerows(sorted(rejected))
-    with complete_or_absent(path, "w") as file:
-        file.write(text.getvalue())
 
 
 def _without_folder(text: str, folder: Path) -> str:
     """Paths in reasons start at the data set: the rest differs between machines."""
     return text.replace(f"{folder}{os.sep}", "")
-
-
-@contextmanager
-def _progress_bar(what: str, total: int, show: bool) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
-
-
-def _say(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text)

@@ -31,6 +31,7 @@ __all__ = [
     "SaveBest",
     "StepWithOptimizer",
     "StopEarly",
+    "StopWhenDiverged",
     "TrainingProgress",
     "TrainingState",
 ]
@@ -230,6 +231,36 @@ class StopEarly:
         if best > 0 and engine.state.epoch - best >= self.patience:
             logging.getLogger(__name__).info(f"Stopped: no better validation than in epoch {best}.")
             engine.terminate()
+
+
+class StopWhenDiverged:
+    """Fail a training whose loss has not been finite for several steps in a row.
+
+    One such step is no reason: mixed precision skips it and goes on with a smaller scale.
+
+    Args:
+        steps: in a row.
+
+    Raises:
+        RuntimeError: when the training has diverged; the state of the last whole epoch stays.
+    """
+
+    def __init__(self, steps: int = 5) -> None:
+        self.steps = steps
+        self._in_a_row = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Look at the loss of every step."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Count the steps without a finite loss."""
+        self._in_a_row = 0 if np.isfinite(float(LOSS_OF(engine.state.output))) else self._in_a_row + 1
+        if self._in_a_row == self.steps:
+            raise RuntimeError(
+                f"the loss of the last {self.steps} steps is not finite (epoch {engine.state.epoch}): the training has "
+                "diverged. Lower `lr`, or train without mixed precision (`amp: false`)."
+            )
 
 
 class TrainingProgress:

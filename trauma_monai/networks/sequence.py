@@ -88,7 +88,7 @@ class SliceSequenceNet(nn.Module):
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Turn features (B, S, F) into logits (B, S, T)."""
         sequence, _ = self.rnn(features)
-        return torch.nan_to_num(self.classifier(self.dropout(sequence)), 0.0, 0.0, 0.0)
+        return self.classifier(self.dropout(sequence))
 
     def _in_chunks(self) -> bool:
         """Say whether to loop over chunks; not where batch statistics are taken, or where loops are written out."""

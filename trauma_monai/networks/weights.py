@@ -66,7 +66,7 @@ def check_weights(weights: Mapping[str, torch.Tensor], network: nn.Module, sourc
     """Compare the names and shapes of weights with a network's.
 
     Raises:
-        ValueError: naming what is missing, left over or of another shape.
+        ValueError: naming what is missing, left over, of another shape, or not finite: a training that has diverged.
     """
     expected = network.state_dict()
     problems = {
@@ -77,6 +77,7 @@ def check_weights(weights: Mapping[str, torch.Tensor], network: nn.Module, sourc
             for name, tensor in expected.items()
             if name in weights and weights[name].shape != tensor.shape
         ],
+        "not finite": [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()],
     }
     found = [f"{problem}: {describe(names)}." for problem, names in problems.items() if names]
     if found:
