@@ -14,6 +14,7 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLSLossless,
@@ -296,6 +297,26 @@ def test_damaged_rle_is_refused(tmp_path: Path) -> None:
         header.save_as(path)
     with pytest.raises(DicomError, match=r"000.dcm: pixels \(RLE Lossless\) cannot be decoded"):
         read_series(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")  # pydicom names what it finds odd
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])
+def test_a_folder_of_damaged_headers_is_listed_to_its_end(tmp_path: Path, syntax: str) -> None:
+    whole = write_series(tmp_path / "whole", expected_hu()[:1])[0]
+    header = pydicom.dcmread(whole)
+    header.file_meta.TransferSyntaxUID = syntax
+    header.save_as(tmp_path / "source.dcm", little_endian=True, implicit_vr=False)
+    content = (tmp_path / "source.dcm").read_bytes()
+    (tmp_path / "source.dcm").unlink()
+    rng = np.random.default_rng(0)
+    for number in range(300):
+        damaged = bytearray(content)
+        for place in rng.integers(132, min(len(content), 900), size=4):
+            damaged[place] = rng.integers(256)
+        (tmp_path / f"{number}.dcm").write_bytes(damaged)
+    found, rejected = discover_series(tmp_path)
+    assert sum(len(series.files) for series in found) + len(rejected) == 301
+    assert any("damaged" in item.reason for item in rejected)
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

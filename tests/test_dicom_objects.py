@@ -26,6 +26,7 @@ from trauma_monai import cli, pipeline
 from trauma_monai.dicom_codes import ORGAN_TYPES
 from trauma_monai.models import Models
 from trauma_monai.pipeline import Predictions, predict
+from trauma_monai.pooling import ModelOutput
 from trauma_monai.results import SliceScores
 from trauma_monai.targets import ORGAN_CODES, ORGANS
 
@@ -84,7 +85,7 @@ def segment(image: MetaTensor) -> MetaTensor:
     return MetaTensor(torch.from_numpy(codes_)[None], affine=image.affine)
 
 
-def classify(image: MetaTensor, organs: MetaTensor) -> tuple[dict[str, float], SliceScores]:
+def classify(image: MetaTensor, organs: MetaTensor) -> tuple[list[ModelOutput], SliceScores]:
     """Bowel: the highest HU of a slice in thousands; liver: 0.5, 0.25 and 0.125."""
     peak = image[0].as_tensor().amax((1, 2)).double().numpy() / 1000
     values = np.stack([peak, *(np.full_like(peak, p) for p in (0.5, 0.25, 0.125))], axis=1)
@@ -92,7 +93,7 @@ def classify(image: MetaTensor, organs: MetaTensor) -> tuple[dict[str, float], S
     scores = SliceScores(
         TARGETS, ORGANS, z_index, z_index.astype(float), None, values, np.ones((len(peak), len(ORGANS)))
     )
-    return dict(zip(TARGETS, values.max(axis=0).tolist(), strict=True)), scores
+    return [ModelOutput(dict(zip(TARGETS, values.max(axis=0).tolist(), strict=True)))], scores
 
 
 @pytest.fixture

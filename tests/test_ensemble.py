@@ -20,6 +20,7 @@ from trauma_monai.bundle_files import ORGAN_BUNDLE, TRAUMA_BUNDLE
 from trauma_monai.classifier import TraumaClassifier, TraumaFlow
 from trauma_monai.ensemble import EnsembleClassifier, Member, read_ensemble
 from trauma_monai.pipeline import predict
+from trauma_monai.pooling import pool_study
 
 CPU = torch.device("cpu")
 TINY = {"encoder": "test_resnet", "image_size": 32, "hidden_size": 2, "num_groups": 2, "window_slices": 8}
@@ -78,7 +79,8 @@ def test_folds_are_averaged_slice_by_slice_before_the_maximum_and_variants_after
         for variant in ("organs", "bleed")
         for seed in (1, 2)
     ]
-    pooled, scores = EnsembleClassifier(root, members, CPU)(*series())
+    outputs, scores = EnsembleClassifier(root, members, CPU)(*series())
+    pooled = pool_study([outputs])
 
     of_slices = [slice_probabilities(root, member) for member in members]
     organs = ((of_slices[0] + of_slices[1]) / 2).max(axis=(0, 1))
@@ -109,7 +111,7 @@ def test_weights_count_among_the_folds_and_their_mean_among_the_variants(bundles
         Member("organs", save_constant_network(root, "organs", tmp_path / "b.pt", 0.6), 3.0),
         Member("bleed", save_constant_network(root, "bleed", tmp_path / "c.pt", 0.8), 1.0),
     ]
-    pooled, _ = EnsembleClassifier(root, members, CPU)(*series())
+    pooled = pool_study([EnsembleClassifier(root, members, CPU)(*series())[0]])
     # organs: (.2 + 3 x .6) / 4 = .5, with a weight of 2; bowel: (2 x .5 + .8) / 3
     assert pooled["liver_injury"] == pytest.approx(0.5, abs=1e-6)
     assert pooled["bowel_injury"] == pytest.approx(0.6, abs=1e-6)

@@ -1,6 +1,7 @@
 import csv
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from trauma_monai.models import Models
 from trauma_monai.networks import deployed
 from trauma_monai.organs import OrganSegmenter
 from trauma_monai.pipeline import Predictions, predict
+from trauma_monai.pooling import ModelOutput
 from trauma_monai.results import SliceScores
 from trauma_monai.scans import find_studies, read_scan, safe_name
 from trauma_monai.targets import GROUPS, ORGANS, SUBMISSION_COLUMNS
@@ -70,14 +72,14 @@ def segment(image: MetaTensor) -> MetaTensor:
     return MetaTensor((image.as_tensor() == SPLEEN_HU).to(torch.uint8) * 2, affine=image.affine)
 
 
-def classify(image: MetaTensor, organs: MetaTensor) -> tuple[dict[str, float], SliceScores]:
+def classify(image: MetaTensor, organs: MetaTensor) -> tuple[list[ModelOutput], SliceScores]:
     """Bowel: the highest HU of a slice in thousands; spleen: 0.5, 0.25 and 0.125."""
     peak = image[0].as_tensor().amax((1, 2)).double().numpy() / 1000
     values = np.stack([peak, *(np.full_like(peak, p) for p in (0.5, 0.25, 0.125))], axis=1)
     z_index = np.arange(len(peak))
     visibility = np.repeat((organs[0].as_tensor() > 0).any(2).any(1).numpy().astype(float)[:, None], 4, axis=1)
     scores = SliceScores(TARGETS, ORGANS, z_index, z_index.astype(float), None, values, visibility)
-    return dict(zip(TARGETS, values.max(axis=0).tolist(), strict=True)), scores
+    return [ModelOutput(dict(zip(TARGETS, values.max(axis=0).tolist(), strict=True)))], scores
 
 
 @pytest.fixture
@@ -248,6 +250,26 @@ def test_second_run_keeps_what_is_done_and_redoes_what_has_changed(tmp_path, run
     assert read_record(tmp_path / "out" / "10004")["probabilities"]["bowel_injury"] == pytest.approx(0.9)
 
 
+def test_a_scan_that_was_replaced_by_another_of_the_same_size_is_predicted_again(tmp_path, run):
+    write_series(tmp_path / "in", peak_hu=300)
+    run()
+    shutil.rmtree(tmp_path / "in")
+    write_series(tmp_path / "in", peak_hu=900)
+    assert run().kept == 0
+    assert read_record(tmp_path / "out" / "10004")["probabilities"]["bowel_injury"] == pytest.approx(0.9)
+
+
+def test_a_full_disk_ends_the_run_and_blames_no_series(tmp_path, run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    write_series(tmp_path / "in", peak_hu=300)
+    monkeypatch.setattr(pipeline.nib, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_patient_name_is_in_no_output(tmp_path, run):
     write_series(tmp_path / "in", peak_hu=300)
     run()
@@ -290,7 +312,7 @@ def test_study_without_ids_is_named_by_a_checksum_not_by_its_folder(tmp_path, ru
 
 def test_missing_weights_are_told_before_anything_is_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights at"):
-        predict(tmp_path / "absent", tmp_path / "out", tmp_path / "organ.pt", tmp_path / "trauma.pt")
+        predict(tmp_path, tmp_path / "out", tmp_path / "organ.pt", tmp_path / "trauma.pt")
     assert not (tmp_path / "out").exists()
 
 

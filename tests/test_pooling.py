@@ -12,6 +12,7 @@ from monai.transforms import Compose
 from trauma_monai.pooling import (
     BlendPrior,
     Columns,
+    ModelOutput,
     PoolSlicesd,
     Power,
     ScaleColumns,
@@ -20,6 +21,7 @@ from trauma_monai.pooling import (
     fit_scales,
     merge_models,
     pool_series,
+    pool_study,
     prior_columns,
 )
 from trauma_monai.targets import GROUPS, SUBMISSION_COLUMNS, TARGETS
@@ -81,6 +83,15 @@ def test_unknown_and_failed_aortic_measurements_are_never_the_lowest():
         pool_series(SERIES, "lowest_aortic_hu", [None, -1024.0])
     with pytest.raises(ValueError, match="0 values of aortic_hu for 2 series"):
         pool_series(SERIES, "lowest_aortic_hu")
+
+
+def test_series_are_pooled_for_each_model_before_the_models_are_averaged():
+    one, two = (
+        [ModelOutput({"bowel_injury": a}, 3.0), ModelOutput({"bowel_injury": b})] for a, b in ((0.9, 0.1), (0.1, 0.5))
+    )
+    # (3 x max(.9, .1) + max(.1, .5)) / 4; the other way round it were max((3 x .9 + .1) / 4, (3 x .1 + .5) / 4) = .7
+    assert pool_study([one, two]) == pytest.approx({"bowel_injury": 0.8})
+    assert pool_study([one, two], "mean") == pytest.approx({"bowel_injury": (3 * 0.5 + 0.3) / 4})
 
 
 def test_pooling_without_series_or_with_an_unknown_mode_is_refused():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from trauma_monai.pictures import draw_coronal
+from trauma_monai.pooling import ModelOutput
 from trauma_monai.report import _spread, render_index, render_report
 from trauma_monai.results import (
     SeriesResult,
@@ -66,7 +67,7 @@ def series(
         spacing_mm=SPACING,
         facts={"kVp": 120.0, "PatientName": "DOE^JANE"},
         scores=found,
-        pooled=dict(zip(TARGETS, found.probabilities.max(axis=0).tolist(), strict=True)),
+        outputs=[ModelOutput(dict(zip(TARGETS, found.probabilities.max(axis=0).tolist(), strict=True)))],
         volumes_ml=organ_volumes_ml(label_map(), SPACING),
         remarks=remarks,
         key_slices=find_key_slices(found, volume(), label_map(), SPACING),

@@ -274,7 +274,7 @@ def test_series_are_listed_from_a_prepared_set_and_from_nifti_files(prepared: Pa
 def test_a_folder_without_ct_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no CT series in"):
         series_items(tmp_path)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(ValueError, match="does not exist"):
         series_items(tmp_path / "nowhere")
 
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 from trauma_monai.bundle_files import config_files
 from trauma_monai.networks import load_weights
 from trauma_monai.organs import SegmentOrgansd
-from trauma_monai.pooling import PoolSlicesd
+from trauma_monai.pooling import ModelOutput, PoolSlicesd, SeriesMode
 from trauma_monai.results import SliceScores
 
 __all__ = ["TraumaClassifier", "TraumaFlow"]
@@ -54,7 +54,7 @@ class TraumaFlow:
         parser = self._parse()
         self.targets: tuple[str, ...] = tuple(parser.get_parsed_content("targets"))
         self.organs: tuple[str, ...] = tuple(parser.get_parsed_content("organs"))
-        self.series_mode: Literal["max", "mean"] = parser.get("series_mode", "max")
+        self.series_mode: SeriesMode = parser.get("series_mode", "max")
         # Volume and masks are in memory already: what reads or makes them is left out, as MONAI Deploy does.
         steps = parser.get_parsed_content("preprocessing").flatten().transforms
         made_before = (LoadImaged, EnsureChannelFirstd, SegmentOrgansd)
@@ -127,7 +127,7 @@ class TraumaClassifier:
         self.series_mode = self.flow.series_mode
         self.network = load_weights(self.flow.build_network(), weights)
 
-    def __call__(self, image: MetaTensor, organs: MetaTensor) -> tuple[dict[str, float], SliceScores]:
+    def __call__(self, image: MetaTensor, organs: MetaTensor) -> tuple[list[ModelOutput], SliceScores]:
         """Classify one series.
 
         Args:
@@ -135,8 +135,8 @@ class TraumaClassifier:
             organs: label map on the same grid.
 
         Returns:
-            Target -> probability over the series, and the scores along z without their positions in mm.
+            What the network says of the series, and the scores along z without their positions in mm.
         """
         sample = self.flow.prepare(image, organs)
         probabilities = self.flow.run(self.network, sample)
-        return self.flow.pool(probabilities), self.flow.scores(sample, probabilities)
+        return [ModelOutput(self.flow.pool(probabilities))], self.flow.scores(sample, probabilities)

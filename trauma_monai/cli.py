@@ -12,11 +12,14 @@ import sys
 import warnings
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from trauma_monai import __version__
+
+if TYPE_CHECKING:
+    from trauma_monai.pooling import SeriesMode
 
 app = typer.Typer(
     name="trauma-monai",
@@ -216,11 +219,14 @@ def oof(
         list[Path], typer.Argument(help="CSV files of the folds of one model; or a folder of them for each model.")
     ],
     solution: Annotated[Path, typer.Option(help="CSV with the truth, such as train.csv.")],
+    series_mode: Annotated[
+        str, typer.Option(help="How the series of a patient are pooled: max, mean or lowest_aortic_hu.")
+    ] = "max",
 ) -> None:
     """Score out-of-fold predictions, of one model or averaged over several, and fit scaling factors on them."""
     from trauma_monai.oof import collect_oof, write_oof
 
-    result = collect_oof(predictions, solution)
+    result = collect_oof(predictions, solution, cast("SeriesMode", series_mode))
     write_oof(result, out)
     rows = {"score": result.score.score, "best constant": result.best_constant, "scaled": result.scaled_score}
     if result.held_out_score is not None:

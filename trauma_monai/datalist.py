@@ -61,6 +61,12 @@ def load_datalist(
     return [_as_sample(item, path.parent) for item in items]
 
 
+def has_items(dataset_dir: str | Path, section: str) -> bool:
+    """Say whether a section of a prepared data set, ``all`` or ``test``, has series."""
+    content = json.loads((Path(dataset_dir) / DATALIST).read_text())
+    return bool(content.get("test" if section == "test" else "training"))
+
+
 def organ_items(dataset_dir: str | Path, section: str = "train", fold: int = 0) -> list[dict[str, Any]]:
     """Load what an organ network learns from: the series whose masks came with the data set.
 

@@ -205,11 +205,14 @@ def _read_header(path: Path, tags: Sequence[BaseTag], stop_before_pixels: bool) 
         file = path.open("rb") if stop_before_pixels else BytesIO(path.read_bytes())
         with file:
             header = pydicom.dcmread(file, stop_before_pixels=stop_before_pixels, specific_tags=list(tags))
+        for tag in _SERIES_TAGS:
+            header.get(tag)  # pydicom converts a value when it is asked for, and fails then
+        reason = _no_ct_slice(header)
     except InvalidDicomError:
         return None, "not a DICOM file"
-    except (OSError, ValueError, KeyError, EOFError, AttributeError) as error:
+    except Exception as error:  # zlib.error, NotImplementedError, ...: damage of any kind
         return None, f"{_DAMAGED} ({type(error).__name__})"
-    if reason := _no_ct_slice(header):
+    if reason:
         return None, reason
     if not stop_before_pixels and "PixelData" not in header:
         # Of compressed pixels that are cut off, pydicom returns nothing, not even the elements before them.

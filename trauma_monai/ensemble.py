@@ -31,7 +31,7 @@ from monai.data import MetaTensor
 from trauma_monai.classifier import TraumaFlow
 from trauma_monai.files import name_with_checksum
 from trauma_monai.networks import load_weights
-from trauma_monai.pooling import merge_models
+from trauma_monai.pooling import ModelOutput, merge_models
 from trauma_monai.results import SliceScores
 from trauma_monai.targets import TARGETS
 
@@ -85,14 +85,12 @@ class Answer(NamedTuple):
     """What one variant says of a series.
 
     Attributes:
-        pooled: target -> probability over the series.
+        output: over the series, with the variant's weight among the others.
         scores: along z.
-        weight: what the variant counts for among the others.
     """
 
-    pooled: dict[str, float]
+    output: ModelOutput
     scores: SliceScores
-    weight: float
 
 
 class EnsembleClassifier:
@@ -125,7 +123,7 @@ class EnsembleClassifier:
             raise ValueError(f"the variants pool series by {' and '.join(sorted(modes))}; an ensemble needs one way.")
         self.series_mode = modes.pop()
 
-    def __call__(self, image: MetaTensor, organs: MetaTensor) -> tuple[dict[str, float], SliceScores]:
+    def __call__(self, image: MetaTensor, organs: MetaTensor) -> tuple[list[ModelOutput], SliceScores]:
         """Classify one series.
 
         Args:
@@ -133,8 +131,9 @@ class EnsembleClassifier:
             organs: label map on the same grid.
 
         Returns:
-            Target -> probability over the series, and the scores along z without their positions in mm: those of the
-            first variant's slices, to which those of the others are interpolated.
+            What each variant says of the series, to be pooled by :func:`trauma_monai.pooling.pool_study`, and the
+            scores along z without their positions in mm: those of the first variant's slices, to which those of the
+            others are interpolated.
 
         Raises:
             FileNotFoundError: when a checkpoint is gone.
@@ -145,8 +144,7 @@ class EnsembleClassifier:
             for _, alike in groupby(self.models, key=_stack_of)
             for answer in _with_one_stack(list(alike), image, organs)
         ]
-        merged = merge_models([answer.pooled for answer in answers], [answer.weight for answer in answers])
-        return {name: merged[name] for name in TARGETS if name in merged}, _merge_scores(answers)
+        return [answer.output for answer in answers], _merge_scores(answers)
 
 
 def read_ensemble(path: Path) -> Ensemble:
@@ -206,7 +204,7 @@ def _with_one_network(models: Sequence[Model], sample: Mapping[str, Any]) -> Ite
     for flow, members in models:
         probabilities = _average(flow, network, members, sample)
         weight = float(np.mean([member.weight for member in members]))
-        yield Answer(flow.pool(probabilities), flow.scores(sample, probabilities), weight)
+        yield Answer(ModelOutput(flow.pool(probabilities), weight), flow.scores(sample, probabilities))
 
 
 def _average(
@@ -227,9 +225,9 @@ def _merge_scores(answers: Sequence[Answer]) -> SliceScores:
             target: np.interp(first.z_index, scores.z_index, scores.probabilities[:, column])
             for column, target in enumerate(scores.targets)
         }
-        for _, scores, _ in answers
+        for _, scores in answers
     ]
-    merged = merge_models(curves, [answer.weight for answer in answers])
+    merged = merge_models(curves, [answer.output.weight for answer in answers])
     targets = tuple(name for name in TARGETS if name in merged)
     values = np.stack([merged[name] for name in targets], axis=1).astype(np.float32)
     return replace(first, targets=targets, probabilities=values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import ignite.distributed as idist
 import numpy as np
@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from trauma_monai.files import complete_or_absent
 from trauma_monai.metrics import best_constant, trauma_score
-from trauma_monai.pooling import SubmissionColumns, assessed_groups, pool_series
+from trauma_monai.pooling import SeriesMode, SubmissionColumns, assessed_groups, pool_series
 from trauma_monai.targets import GROUPS, TARGETS, get_target
 
 __all__ = ["StudyBatch", "TraumaScore", "TruthBatch"]
@@ -140,7 +140,7 @@ class TraumaScore(Metric):
     def __init__(
         self,
         targets: Sequence[str],
-        series_mode: Literal["max", "mean", "lowest_aortic_hu"] = "max",
+        series_mode: SeriesMode = "max",
         columns: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
         predictions_path: str | Path | None = None,
         pred_key: str = "pred",

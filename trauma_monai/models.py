@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from monai.data import MetaTensor
@@ -15,7 +15,7 @@ from trauma_monai.classifier import TraumaClassifier
 from trauma_monai.ensemble import EnsembleClassifier, read_ensemble, read_scales
 from trauma_monai.files import name_with_checksum
 from trauma_monai.organs import OrganSegmenter
-from trauma_monai.pooling import ScaleColumns, SubmissionColumns
+from trauma_monai.pooling import ModelOutput, ScaleColumns, SeriesMode, SubmissionColumns
 from trauma_monai.results import SliceScores
 
 __all__ = ["Models", "find_device", "load_models"]
@@ -26,16 +26,16 @@ class Models(NamedTuple):
 
     Attributes:
         segment: volume -> organ label map on the same grid, :class:`trauma_monai.organs.OrganSegmenter`.
-        classify: volume and label map -> probabilities.
+        classify: volume and label map -> what each network or variant says of the series, and the curves along z.
         names: variants, file names and checksums, for the report.
         series_mode: how the series of a study are pooled, see :func:`trauma_monai.pooling.pool_series`.
         columns: target -> probability over the study to the 13 columns of the competition.
     """
 
     segment: Callable[[MetaTensor], MetaTensor]
-    classify: Callable[[MetaTensor, MetaTensor], tuple[dict[str, float], SliceScores]]
+    classify: Callable[[MetaTensor, MetaTensor], tuple[Sequence[ModelOutput], SliceScores]]
     names: Mapping[str, str]
-    series_mode: Literal["max", "mean"] = "max"
+    series_mode: SeriesMode = "max"
     columns: Callable[[Mapping[str, Any]], dict[str, Any]] = SubmissionColumns()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from trauma_monai.files import complete_or_absent
 from trauma_monai.metrics import Score, best_constant, read_solution, trauma_loss, trauma_score
-from trauma_monai.pooling import SubmissionColumns, assessed_groups, fit_scales, merge_models, pool_series
+from trauma_monai.pooling import SeriesMode, SubmissionColumns, assessed_groups, fit_scales, merge_models, pool_series
 from trauma_monai.targets import GROUPS, TARGETS
 
 __all__ = ["OutOfFold", "collect_oof", "write_oof"]
@@ -58,7 +58,7 @@ class OutOfFold:
 def collect_oof(
     predictions: Sequence[Path],
     solution: Path,
-    series_mode: Literal["max", "mean", "lowest_aortic_hu"] = "max",
+    series_mode: SeriesMode = "max",
 ) -> OutOfFold:
     """Score out-of-fold predictions and fit scaling factors on them.
 
@@ -137,7 +137,7 @@ def _find_models(predictions: Sequence[Path]) -> dict[str, list[Path]]:
     return models
 
 
-def _read_model(files: Sequence[Path], series_mode: Literal["max", "mean", "lowest_aortic_hu"]) -> pd.DataFrame:
+def _read_model(files: Sequence[Path], series_mode: SeriesMode) -> pd.DataFrame:
     """Read the folds of a model: one row per patient, a column for each target and ``fold``, the number of the file."""
     folds = [_read_fold(file, series_mode).assign(fold=number) for number, file in enumerate(files)]
     for file, fold in zip(files, folds, strict=True):
@@ -153,7 +153,7 @@ def _read_model(files: Sequence[Path], series_mode: Literal["max", "mean", "lowe
     return table
 
 
-def _read_fold(file: Path, series_mode: Literal["max", "mean", "lowest_aortic_hu"]) -> pd.DataFrame:
+def _read_fold(file: Path, series_mode: SeriesMode) -> pd.DataFrame:
     table = pd.read_csv(file, dtype={"patient_id": str, "series_id": str})
     targets = [name for name in table.columns if name not in KEYS]
     if missing := [name for name in KEYS if name not in table.columns]:

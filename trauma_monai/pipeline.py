@@ -9,8 +9,6 @@ stopped: it keeps the studies whose probabilities.json names the same series, we
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
 import logging
 import os
@@ -26,13 +24,13 @@ import numpy as np
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trauma_monai import __version__
-from trauma_monai.files import complete_or_absent
+from trauma_monai.console import progress_bar
+from trauma_monai.files import fingerprint, write_csv, write_json, write_text
 from trauma_monai.models import Models, load_models
 from trauma_monai.pictures import draw_coronal
-from trauma_monai.pooling import assessed_groups, pool_series
+from trauma_monai.pooling import assessed_groups, pool_study
 from trauma_monai.report import render_index, render_report
 from trauma_monai.results import (
     SeriesResult,
@@ -43,12 +41,24 @@ from trauma_monai.results import (
     study_record,
     write_submission,
 )
-from trauma_monai.scans import LeftOut, Scan, StudyFiles, find_studies, one_line, read_scan, source_files
+from trauma_monai.scans import (
+    LeftOut,
+    Scan,
+    StudyFiles,
+    check_input,
+    find_studies,
+    one_line,
+    read_scan,
+    source_files,
+)
 from trauma_monai.targets import GROUPS
 
 __all__ = ["Predictions", "predict", "predict_series", "predict_study"]
 
 logger = logging.getLogger(__name__)
+
+LISTED = ("patient_id", "probabilities", "any_injury", "not_assessed", "organs_found", "warnings")
+"""What the index and submission.csv tell of a study; the slices stay in its folder, for there may be millions."""
 
 
 @dataclass
@@ -66,46 +76,50 @@ class Predictions:
     left_out: list[LeftOut] = field(default_factory=list)
 
 
-def predict_series(scan: Scan, models: Models, series_uid: str, organs_file: Path) -> SeriesResult:
-    """Run the flow on one series, and write its organ label map.
+def predict_series(scan: Scan, models: Models, series_uid: str, organs_file: str) -> tuple[SeriesResult, MetaTensor]:
+    """Run the flow on one series.
 
     Args:
         scan: the series, stage 1.
         models: both bundles.
         series_uid: how the result is named.
-        organs_file: uint8 label map to write (``.nii.gz``), on the grid of the input.
+        organs_file: name under which the label map will be written.
+
+    Returns:
+        The result, and the organ label map on the grid of the input, uint8.
     """
     label_map = models.segment(scan.image)  # stage 2
-    _write_label_map(label_map, organs_file)
     image, organs = _from_feet_to_head(scan.image), _from_feet_to_head(label_map)
-    pooled, scores = models.classify(image, organs)  # stages 2 to 5
+    outputs, scores = models.classify(image, organs)  # stages 2 to 5
 
     hu, codes = np.asarray(image[0]), np.asarray(organs[0])  # stage 6
     affine = np.asarray(image.affine)
     dz, dy, dx = (float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
     scores = scores.at_positions(affine, scan.instances_from_feet())
     volumes_ml = organ_volumes_ml(codes, (dz, dy, dx))
-    return SeriesResult(
+    result = SeriesResult(
         series_uid=series_uid,
-        organs_file=organs_file.name,
+        organs_file=organs_file,
         shape=hu.shape,
         spacing_mm=(dz, dy, dx),
         facts=scan.facts,
         scores=scores,
-        pooled=pooled,
+        outputs=outputs,
         volumes_ml=volumes_ml,
         remarks=quality_remarks(codes, (dz, dy, dx), volumes_ml, scan.facts),
         key_slices=find_key_slices(scores, hu, codes, (dz, dy, dx)),
         coronal=draw_coronal(hu, codes, (dz, dy, dx)),
         instances=scan.instances,
     )
+    return result, label_map
 
 
 def predict_study(study: StudyFiles, models: Models, folder: Path) -> tuple[StudyResult | None, list[LeftOut]]:
     """Predict the series of a study one after the other and pool them.
 
-    A series that cannot be read or predicted is left out. Label maps are ``organs.nii.gz``, or ``organs_1.nii.gz``,
-    ``organs_2.nii.gz``, ... in the order of the series UIDs when the study has several series.
+    A series that cannot be read or predicted is left out; that a result cannot be written ends the run. Label maps are
+    ``organs.nii.gz``, or ``organs_1.nii.gz``, ``organs_2.nii.gz``, ... in the order of the series UIDs when the study
+    has several series.
 
     Args:
         study: what to read.
@@ -118,13 +132,15 @@ def predict_study(study: StudyFiles, models: Models, folder: Path) -> tuple[Stud
     results: list[SeriesResult] = []
     left_out: list[LeftOut] = []
     for number, (series_uid, source) in enumerate(study.series.items(), start=1):
-        organs_file = folder / ("organs.nii.gz" if len(study.series) == 1 else f"organs_{number}.nii.gz")
+        organs_file = "organs.nii.gz" if len(study.series) == 1 else f"organs_{number}.nii.gz"
         try:
-            results.append(predict_series(read_scan(source), models, series_uid, organs_file))
+            result, label_map = predict_series(read_scan(source), models, series_uid, organs_file)
         except Exception as error:  # decoders raise anything; the next series may well be fine
             logger.debug("series left out", exc_info=True)
-            organs_file.unlink(missing_ok=True)
             left_out.append(LeftOut(series_uid, one_line(error)))
+            continue
+        _write_label_map(label_map, folder / organs_file)
+        results.append(result)
     return (_pool(study, results, left_out, models) if results else None), left_out
 
 
@@ -150,7 +166,7 @@ def predict(
     remark.
 
     Args:
-        input_path: DICOM folder (any mix of series and patients), one series, or a NIfTI file.
+        input_path: DICOM folder (any mix of series and patients), one series, a NIfTI file or a folder of them.
         out: folder for the results, made when it does not exist.
         organ_weights: state dict for organ_ct_segmentation.
         trauma_weights: state dict for trauma_ct_classification; not with an ensemble.
@@ -172,6 +188,7 @@ def predict(
     """
     input_path, out = Path(input_path), Path(out)
     trauma_weights, ensemble = (path if path is None else Path(path) for path in (trauma_weights, ensemble))
+    check_input(input_path)  # cheaper to refuse than networks are to build
     variants = variant, organ_variant
     models = load_models(Path(organ_weights), trauma_weights, *variants, ensemble, device, bundles_dir, fast)
     studies, left_out = find_studies(input_path)
@@ -180,8 +197,8 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     done = Predictions(left_out=left_out)
     records: dict[str, dict[str, Any]] = {}
-    with _progress() as progress:
-        for study in progress.track(studies, description="predicting"):
+    with progress_bar() as bar:
+        for study in bar.track(studies, description="predicting"):
             record = None if overwrite else _finished(out / study.folder, study, models, dicom)
             if record is not None:
                 done.kept += 1
@@ -189,16 +206,19 @@ def predict(
                 others = left_out if len(studies) == 1 else []
                 record, broken = _predict_into(out / study.folder, study, models, others, dicom)
                 done.left_out += broken
-                _tell(progress.console, study, record, broken)
+                _tell(bar.console, study, record, broken)
             if record is not None:
-                records[study.folder] = record
+                records[study.folder] = {name: record[name] for name in LISTED}
                 done.reports.append(out / study.folder / "report.html")
-    _write_rejected(done.left_out, out / "rejected.csv")
+    if done.left_out:
+        write_csv(out / "rejected.csv", LeftOut._fields, done.left_out)
+    else:
+        (out / "rejected.csv").unlink(missing_ok=True)
     if not records:
         reasons = "; ".join(dict.fromkeys(item.reason.rstrip(".") for item in done.left_out)) or "it holds no CT series"
         raise ValueError(f"nothing in {input_path} could be predicted: {reasons}.")
     write_submission(list(records.values()), out / "submission.csv")
-    _write_text(out / "index.html", render_index(list(records.items()), done.left_out))
+    write_text(out / "index.html", render_index(list(records.items()), done.left_out))
     return done
 
 
@@ -208,10 +228,8 @@ def predict(
 def _pool(
     study: StudyFiles, results: Sequence[SeriesResult], left_out: Sequence[LeftOut], models: Models
 ) -> StudyResult:
-    targets = list(results[0].pooled)
-    vector = pool_series([[result.pooled[name] for name in targets] for result in results], models.series_mode)
-    pooled = dict(zip(targets, vector.tolist(), strict=True))
-    assessed = assessed_groups(targets)
+    pooled = pool_study([result.outputs for result in results], models.series_mode)
+    assessed = assessed_groups(list(pooled))
     return StudyResult(
         patient_id=study.patient_id,
         study_uid=study.study_uid,
@@ -257,8 +275,8 @@ def _predict_into(
         if dicom:
             result = _with_dicom_objects(result, partial)
         record = {**study_record(result), "input": _fingerprint(study, models)}
-        _write_text(partial / "report.html", render_report(result))
-        _write_text(partial / "probabilities.json", json.dumps(record, indent=1) + "\n")
+        write_text(partial / "report.html", render_report(result))
+        write_json(partial / "probabilities.json", record)
         _replace_folder(partial, folder)
         return record, broken
     finally:
@@ -301,31 +319,10 @@ def _finished(folder: Path, study: StudyFiles, models: Models, dicom: bool) -> d
 
 
 def _fingerprint(study: StudyFiles, models: Models) -> str:
-    """Checksum of what a result depends on: which files of which size, which models."""
-    files = [f"{file.name} {file.stat().st_size}" for source in study.series.values() for file in source_files(source)]
-    parts = [study.patient_id, study.study_uid, *study.series, *files, *models.names.values(), __version__]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _write_rejected(left_out: Sequence[LeftOut], path: Path) -> None:
-    if not left_out:
-        path.unlink(missing_ok=True)
-        return
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([("path", "reason"), *left_out])
-
-
-def _write_text(path: Path, text: str) -> None:
-    with complete_or_absent(path) as file:
-        file.write(text)
-
-
-# --- surroundings -----------------------------------------------------------------------------------------------------
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    """What a result depends on, as one short text: files, models and version."""
+    files = [file for source in study.series.values() for file in source_files(source)]
+    facts = (study.patient_id, study.study_uid, *study.series, *models.names.values(), __version__)
+    return fingerprint(files, *facts)[:16]
 
 
 def _tell(console: Console, study: StudyFiles, record: Mapping[str, Any] | None, broken: Sequence[LeftOut]) -> None:

@@ -9,7 +9,7 @@ Columns are mappings from name to number, or to an array with one number per stu
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,23 +18,29 @@ from monai.transforms import MapTransform
 from scipy.optimize import minimize
 
 from trauma_monai.metrics import CLASS_WEIGHTS
-from trauma_monai.targets import CLASS_FREQUENCIES, GROUPS, SUBMISSION_COLUMNS, get_target
+from trauma_monai.targets import CLASS_FREQUENCIES, GROUPS, SUBMISSION_COLUMNS, TARGETS, get_target
 
 __all__ = [
     "BlendPrior",
+    "ModelOutput",
     "PoolSlicesd",
     "Power",
     "ScaleColumns",
+    "SeriesMode",
     "SubmissionColumns",
     "assessed_groups",
     "fit_scales",
     "merge_models",
     "pool_series",
+    "pool_study",
     "prior_columns",
 ]
 
 Columns: TypeAlias = Mapping[str, Any]
 """Column or target -> probability, a float or an array with one value per study."""
+
+SeriesMode: TypeAlias = Literal["max", "mean", "lowest_aortic_hu"]
+"""How the series of a patient are pooled, see :func:`pool_series`."""
 
 TARGETS_OF_GROUP = {
     "bowel": ("bowel_injury",),
@@ -109,7 +115,7 @@ class PoolSlicesd(MapTransform):
 
 def pool_series(
     probabilities: Sequence[Any],
-    mode: Literal["max", "mean", "lowest_aortic_hu"] = "max",
+    mode: SeriesMode = "max",
     aortic_hu: Sequence[float | None] = (),
 ) -> np.ndarray:
     """Pool the series of one patient.
@@ -178,6 +184,37 @@ def merge_models(predictions: Sequence[Columns], weights: Sequence[float] | None
         voices = [(w, p[target]) for w, p in zip(weights, predictions, strict=True) if target in p]
         merged[target] = sum(w * value for w, value in voices) / sum(w for w, _ in voices)
     return merged
+
+
+class ModelOutput(NamedTuple):
+    """What one model says of one series.
+
+    Attributes:
+        probabilities: target -> probability over the series.
+        weight: what the model counts for among others, above 0.
+    """
+
+    probabilities: Mapping[str, float]
+    weight: float = 1.0
+
+
+def pool_study(series: Sequence[Sequence[ModelOutput]], mode: SeriesMode = "max") -> dict[str, float]:
+    """Pool the series of a patient for each model, and then the models: the published order, which `oof` has too.
+
+    Args:
+        series: per series the outputs of the models, all in one order.
+        mode: see :func:`pool_series`.
+
+    Returns:
+        Every target that any model predicts -> probability, in the order of :data:`trauma_monai.targets.TARGETS`.
+    """
+    of_models = []
+    for outputs in zip(*series, strict=True):
+        targets = list(outputs[0].probabilities)
+        vector = pool_series([[output.probabilities[name] for name in targets] for output in outputs], mode)
+        of_models.append(dict(zip(targets, vector.tolist(), strict=True)))
+    merged = merge_models(of_models, [output.weight for output in series[0]])
+    return {name: merged[name] for name in TARGETS if name in merged}
 
 
 def assessed_groups(targets: Sequence[str]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from trauma_monai.files import complete_or_absent
 from trauma_monai.pictures import Picture, draw_slice
+from trauma_monai.pooling import ModelOutput
 from trauma_monai.targets import GROUPS, ORGAN_CODES, SUBMISSION_COLUMNS
 
 __all__ = [
@@ -138,7 +139,7 @@ class SeriesResult:
         spacing_mm: distance of neighbouring slices, rows, columns.
         facts: kVp and the like; see :data:`trauma_monai.report.FACTS`.
         scores: network outputs along z.
-        pooled: target -> probability over the series.
+        outputs: what each model says over the series.
         volumes_ml: organ code name -> volume, organs that were found.
         remarks: what a reader must know about the quality of the input.
         key_slices: most suspicious slices per finding.
@@ -152,7 +153,7 @@ class SeriesResult:
     spacing_mm: tuple[float, float, float]
     facts: Mapping[str, str | float]
     scores: SliceScores
-    pooled: Mapping[str, float]
+    outputs: Sequence[ModelOutput]
     volumes_ml: Mapping[str, float]
     remarks: Sequence[str]
     key_slices: Sequence[KeySlice]

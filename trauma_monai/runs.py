@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from ignite.engine import Engine, Events
 
-from trauma_monai.datalist import load_datalist
-from trauma_monai.dicom import discover_series
-from trauma_monai.files import DATALIST, complete_or_absent
-from trauma_monai.pooling import SubmissionColumns, pool_series
-from trauma_monai.volume_reader import NIFTI
+from trauma_monai.datalist import has_items, load_datalist
+from trauma_monai.files import DATALIST, write_json
+from trauma_monai.pooling import SeriesMode, SubmissionColumns, pool_series
+from trauma_monai.scans import find_studies
 
 __all__ = [
     "SaveMetrics",
@@ -28,54 +27,40 @@ def series_items(dataset_dir: str | Path) -> list[dict[str, Any]]:
     """List the series to predict.
 
     Args:
-        dataset_dir: a data set from ``trauma-monai prepare`` (all its series), a NIfTI file or a folder of NIfTI
-            files (one series each), or a folder of DICOM files, any mix of series and patients.
+        dataset_dir: a data set from ``trauma-monai prepare`` (all its series), or what ``trauma-monai predict`` takes:
+            a folder of DICOM files, any mix of series and patients, a NIfTI file or a folder of them.
 
     Returns:
         Items with ``image`` (a path, or the files of a DICOM series), ``patient_id`` and ``series_id``; ``organs``
         where the data set has masks.
 
     Raises:
-        FileNotFoundError: when there is nothing at ``dataset_dir``.
-        ValueError: when it holds no CT series, with the reason why files were left out.
+        ValueError: when there is nothing at ``dataset_dir``, or no CT series, with the reason why files were left out.
     """
-    folder = Path(dataset_dir).expanduser().absolute()
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder} does not exist; expected a prepared data set, NIfTI files or DICOM files.")
-    if (folder / DATALIST).is_file():
-        labelled, unlabelled = (_section(folder, section) for section in ("all", "test"))
-        return [{key: item[key] for key in KEPT_KEYS if key in item} for item in [*labelled, *unlabelled]]
-    files = [folder] if folder.is_file() else sorted(folder.iterdir())
-    if nifti := [file for file in files if file.name.lower().endswith(NIFTI)]:
-        return [
-            {"image": str(file), "patient_id": file.name.split(".nii")[0], "series_id": file.name.split(".nii")[0]}
-            for file in nifti
-        ]
-    return _dicom_items(folder)
+    path = Path(dataset_dir).expanduser().absolute()
+    if (path / DATALIST).is_file():
+        sections = [section for section in ("all", "test") if has_items(path, section)]
+        items = [item for section in sections for item in load_datalist(path, section, require=())]
+        return [{key: item[key] for key in KEPT_KEYS if key in item} for item in items]
+    studies, left_out = find_studies(path)
+    if not studies:
+        reasons = sorted({item.reason for item in left_out})
+        raise ValueError(f"no CT series in {path}: {'; '.join(reasons) or 'it holds no DICOM and no NIfTI files'}.")
+    named = Counter(series_id for study in studies for series_id in study.series)
+    return [
+        {
+            "image": str(source) if isinstance(source, Path) else [str(file) for file in source.files],
+            "patient_id": study.patient_id,
+            # What is written is named after the series: copies of one for two patients must not meet.
+            "series_id": series_id if named[series_id] == 1 else f"{study.folder}_{series_id}",
+        }
+        for study in studies
+        for series_id, source in study.series.items()
+    ]
 
 
 KEPT_KEYS = ("image", "organs", "patient_id", "series_id")
 """What inference needs of an item of a prepared data set: no labels."""
-
-
-def _section(folder: Path, section: str) -> list[dict[str, Any]]:
-    listed = json.loads((folder / DATALIST).read_text()).get("test" if section == "test" else "training")
-    return load_datalist(folder, section, require=()) if listed else []
-
-
-def _dicom_items(folder: Path) -> list[dict[str, Any]]:
-    found, rejected = discover_series(folder)
-    if not found:
-        reasons = sorted({item.reason for item in rejected})
-        raise ValueError(f"no CT series in {folder}: {'; '.join(reasons) or 'it holds no DICOM and no NIfTI files'}.")
-    return [
-        {
-            "image": [str(file) for file in series.files],
-            "patient_id": series.patient_id or series.study_uid,
-            "series_id": series.series_uid,
-        }
-        for series in found
-    ]
 
 
 class SaveMetrics:
@@ -97,7 +82,7 @@ class SaveMetrics:
     def __call__(self, engine: Engine) -> None:
         """Write the file."""
         metrics = {name: _number(value) for name, value in engine.state.metrics.items()}
-        _write_json(self.path, metrics)
+        write_json(self.path, metrics)
 
 
 class SaveProbabilities:
@@ -112,7 +97,7 @@ class SaveProbabilities:
         series_mode: how the series of a patient are pooled, see :func:`trauma_monai.pool_series`.
     """
 
-    def __init__(self, path: str | Path, targets: Sequence[str], series_mode: Literal["max", "mean"] = "max") -> None:
+    def __init__(self, path: str | Path, targets: Sequence[str], series_mode: SeriesMode = "max") -> None:
         self.path = Path(path)
         self.targets = list(targets)
         self.series_mode = series_mode
@@ -135,7 +120,7 @@ class SaveProbabilities:
             of_patient[str(item["series_id"])] = torch.as_tensor(output["pred"]).cpu().double().numpy()
 
     def _write(self) -> None:
-        _write_json(self.path, {patient: self._record(series) for patient, series in self._series.items()})
+        write_json(self.path, {patient: self._record(series) for patient, series in self._series.items()})
 
     def _record(self, series: Mapping[str, Any]) -> dict[str, Any]:
         pooled = pool_series(list(series.values()), self.series_mode)
@@ -146,8 +131,3 @@ class SaveProbabilities:
 def _number(value: Any) -> float | None:
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with complete_or_absent(path) as file:
-        file.write(json.dumps(content, indent=2) + "\n")

@@ -19,7 +19,7 @@ from monai.utils import MetaKeys, SpaceKeys
 from trauma_monai.dicom import SeriesFiles, discover_series, read_series
 from trauma_monai.volume_reader import NIFTI, VolumeReader
 
-__all__ = ["LeftOut", "Scan", "StudyFiles", "find_studies", "one_line", "read_scan", "source_files"]
+__all__ = ["LeftOut", "Scan", "StudyFiles", "check_input", "find_studies", "one_line", "read_scan", "source_files"]
 
 FOLDERS = re.compile(r"(?:[A-Za-z]:)?[^\s'\"]*[/\\](?=[^\s'\"/\\])")
 """The folders of a path within a sentence."""
@@ -71,23 +71,35 @@ class StudyFiles:
 
 
 def find_studies(path: Path) -> tuple[list[StudyFiles], list[LeftOut]]:
-    """Find what can be predicted in a DICOM folder (any mix of series and patients) or a NIfTI file.
+    """Find what can be predicted: in a DICOM folder (any mix of series and patients), a NIfTI file or a folder of them.
+
+    NIfTI files in a folder count where it holds no CT in DICOM: beside DICOM they are masks of it, mostly.
 
     Returns:
         Studies, ordered by folder name, and what is not a CT series, with the reason.
 
     Raises:
+        ValueError: see :func:`check_input`.
+    """
+    check_input(path)
+    if not path.is_dir():
+        return [_nifti_study(path)], []
+    found, rejected = discover_series(path)
+    nifti = [] if found else sorted(file for file in path.iterdir() if _is_nifti(file))
+    left_out = [LeftOut(_relative(item.path, path), item.reason) for item in rejected if item.path not in nifti]
+    return [*_group(found), *map(_nifti_study, nifti)], left_out
+
+
+def check_input(path: Path) -> None:
+    """Refuse what cannot hold a study, without looking into it.
+
+    Raises:
         ValueError: when the path does not exist, or is a file other than NIfTI.
     """
-    if path.is_dir():
-        found, rejected = discover_series(path)
-        return _group(found), [LeftOut(_relative(item.path, path), item.reason) for item in rejected]
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected a folder of DICOM files or a NIfTI file.")
-    if not path.name.lower().endswith(NIFTI):
+    if not path.is_dir() and not _is_nifti(path):
         raise ValueError(f"{path} is neither a folder nor a NIfTI file ({' or '.join(NIFTI)}); give the DICOM folder.")
-    stem = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-    return [StudyFiles(stem, stem, safe_name(stem, stem), {stem: path})], []
 
 
 def read_scan(source: SeriesFiles | Path) -> Scan:
@@ -122,6 +134,15 @@ def safe_name(name: str, key: str) -> str:
     """Make a folder name of ``name``; where characters had to go, a checksum of ``key`` keeps names apart."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:64]
     return safe if safe and safe == name else f"{safe or 'study'}-{_checksum(key)}"
+
+
+def _is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith(NIFTI) and path.is_file()
+
+
+def _nifti_study(path: Path) -> StudyFiles:
+    stem = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    return StudyFiles(stem, stem, safe_name(stem, stem), {stem: path})
 
 
 def _group(found: list[SeriesFiles]) -> list[StudyFiles]:

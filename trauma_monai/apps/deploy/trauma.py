@@ -16,7 +16,7 @@ from trauma_monai.apps.deploy.operators import SeriesMessage
 from trauma_monai.classifier import TraumaFlow
 from trauma_monai.dicom_objects import Algorithm, KeyImage, injury_report, read_sources
 from trauma_monai.organs import SegmentOrgansd
-from trauma_monai.pooling import SubmissionColumns, assessed_groups, pool_series
+from trauma_monai.pooling import ModelOutput, SubmissionColumns, assessed_groups, pool_study
 from trauma_monai.results import (
     SliceScores,
     StudyResult,
@@ -122,7 +122,7 @@ class ReportWriter(Operator):
         self.folder = folder
         self.algorithm = algorithm
         self.flow = flow
-        self._pooled: dict[str, np.ndarray] = {}
+        self._outputs: dict[str, list[ModelOutput]] = {}
         self._sources: list[Any] = []
         self._key_images: list[KeyImage] = []
         self._remarks: list[str] = []
@@ -137,7 +137,9 @@ class ReportWriter(Operator):
         """Take in one series."""
         series: SeriesMessage = op_input.receive("series")
         self._sources += read_sources(series.scan.instances)
-        self._pooled[series.series_uid] = op_input.receive("pred")["probabilities"]
+        probabilities = op_input.receive("pred")["probabilities"].tolist()
+        of_targets = dict(zip(self.flow.targets, probabilities, strict=True))
+        self._outputs[series.series_uid] = [ModelOutput(of_targets)]
         self._look_at(op_input.receive("evidence"), series)
         if series.last:
             self._write(series)
@@ -157,8 +159,7 @@ class ReportWriter(Operator):
                 self._key_images.append(KeyImage(group, round(float(values[row]), 6), image))
 
     def _write(self, series: SeriesMessage) -> None:
-        vector = pool_series(list(self._pooled.values()), self.flow.series_mode)
-        pooled = dict(zip(self.flow.targets, vector.tolist(), strict=True))
+        pooled = pool_study(list(self._outputs.values()), self.flow.series_mode)
         assessed = assessed_groups(self.flow.targets)
         result = StudyResult(
             patient_id=series.study.patient_id,
@@ -173,7 +174,7 @@ class ReportWriter(Operator):
             remarks=self._remarks,
         )
         record = study_record(result)
-        record["series"] = list(self._pooled)
+        record["series"] = list(self._outputs)
         kept = ("patient_id", "study", "series", "probabilities", "any_injury", "not_assessed", "network_outputs")
         text = json.dumps({name: record[name] for name in (*kept, "warnings", "model", "version")}, indent=1)
         (self.folder / "probabilities.json").write_text(text + "\n", encoding="utf-8")
