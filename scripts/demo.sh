@@ -9,12 +9,13 @@ bundles="$project/bundles"
 
 step() { printf '\n== %s\n' "$*"; }
 
-train() { # BUNDLE FOLDER: trains unless the folder holds the weights of a finished run
-    [ -e "$demo/$2/trained" ] && return
+train() { # BUNDLE FOLDER: trains unless the folder holds the weights of a finished run of the same configs
+    local configs; configs=$(cat "$bundles/$1"/configs/{train,variants/demo}.yaml | cksum)
+    [ "$(cat "$demo/$2/trained" 2>/dev/null)" = "$configs" ] && return
     python -m monai.bundle run training --bundle_root "$bundles/$1" --dataset_dir "$demo/train" \
         --config_file "['$bundles/$1/configs/train.yaml','$bundles/$1/configs/variants/demo.yaml']" \
         --output_dir "$demo/$2" --ckpt_dir "$demo/$2"
-    touch "$demo/$2/trained"
+    echo "$configs" >"$demo/$2/trained"
 }
 
 evaluate() { # BUNDLE FOLDER: on all unseen studies (fold -1: no part is left out)

@@ -214,11 +214,17 @@ def test_visibility_is_the_area_over_the_largest_and_the_larger_kidney_counts() 
     torch.testing.assert_close(visibility, expected)
 
 
-def test_the_box_holds_all_organs_and_ends_behind_their_last_pixel() -> None:
+def test_the_box_of_all_organs_ends_before_their_last_row_and_column_as_published() -> None:
     organs = torch.zeros(1, 2, 8, 9, dtype=torch.uint8)
     organs[0, 0, 2, 3] = 1
     organs[0, 1, 5, 7] = 5
-    assert OrganVisibilityd()({"organs": organs})["study_box"].tolist() == [2, 6, 3, 8]
+    assert OrganVisibilityd()({"organs": organs})["study_box"].tolist() == [2, 5, 3, 7]
+
+
+def test_the_box_of_a_single_pixel_holds_it() -> None:
+    organs = torch.zeros(1, 2, 8, 9, dtype=torch.uint8)
+    organs[0, 0, 7, 3] = 1
+    assert OrganVisibilityd()({"organs": organs})["study_box"].tolist() == [7, 8, 3, 4]
 
 
 def test_a_series_without_organs_has_visibility_zero_and_the_whole_frame() -> None:
@@ -227,13 +233,13 @@ def test_a_series_without_organs_has_visibility_zero_and_the_whole_frame() -> No
     assert torch.equal(sample["visibility"], torch.zeros(2, 4))
 
 
-def test_a_large_frame_is_measured_on_every_nth_pixel_and_its_box_contains_the_organ() -> None:
+def test_a_large_frame_is_measured_on_every_nth_pixel() -> None:
     organs = torch.zeros(1, 2, 512, 300, dtype=torch.uint8)
     organs[0, 0, 100:200, 41:81] = 2  # every 4th row, every 2nd column: 25 x 20 pixels are seen
     organs[0, 1, 100:150, 41:81] = 2  # 13 x 20
     sample = OrganVisibilityd("organs", ["spleen"])({"organs": organs})
     torch.testing.assert_close(sample["visibility"], torch.tensor([[1.0], [13 / 25]]))
-    assert sample["study_box"].tolist() == [100, 200, 42, 82]
+    assert sample["study_box"].tolist() == [100, 196, 42, 80]
 
 
 def test_an_unknown_organ_is_answered_with_the_known_ones() -> None:

@@ -13,7 +13,7 @@ import torch
 from ignite.engine import Engine
 
 from competition import write_dicom
-from trauma_monai.runs import SaveMetrics, SaveProbabilities, series_items
+from trauma_monai.runs import SaveMetrics, SaveProbabilities, check_switches, series_items
 from trauma_monai.targets import SUBMISSION_COLUMNS, TARGETS
 
 
@@ -23,6 +23,12 @@ def test_metrics_that_are_not_defined_are_written_as_null(tmp_path: Path) -> Non
     engine.state.metrics = {"trauma_score": torch.tensor(0.5), "auc": float("nan")}
     engine.run([0])
     assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == {"trauma_score": 0.5, "auc": None}
+
+
+def test_a_switch_that_would_mean_its_opposite_is_refused() -> None:
+    check_switches(amp=False, resume="true")
+    with pytest.raises(ValueError, match="--pretrained is the text 'false'; write --pretrained False"):
+        check_switches(amp=True, pretrained="false")
 
 
 @pytest.fixture

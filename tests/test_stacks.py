@@ -44,7 +44,9 @@ def test_a_long_series_is_read_at_every_second_slice() -> None:
 
 def test_a_short_series_repeats_slices_as_the_published_expression_does() -> None:
     assert slice_windows(50)[0, :6].tolist() == [0, 0, 1, 1, 2, 2]
-    assert slice_windows(50)[0, 58] == int(58 / 100 * 50) == 28
+    # Floating point included: 58 x .01 x 50 = 28.999..., 70 x .01 x 90 = 63.000...
+    assert slice_windows(50)[0, 58] == 28
+    assert slice_windows(90)[0, 70] == 63
 
 
 def test_equidistant_slices_span_the_series() -> None:
@@ -76,6 +78,14 @@ def test_all_windows_are_selected_with_their_rows() -> None:
     assert result["slice_index"].tolist() == [[0, 1], [2, 3], [3, 4]]
     assert result["visibility"][..., 0].tolist() == [[0.0, 1.0], [2.0, 3.0], [3.0, 4.0]]
     assert type(result["image"]) is torch.Tensor
+
+
+def test_head_first_turns_the_series_and_all_that_belongs_to_it_but_not_where_it_says_they_are() -> None:
+    rows = torch.arange(5.0)[:, None]
+    result = SelectSlicesd("image", length=2, window=2, head_first=True)({"image": volume(), "visibility": rows})
+    assert result["image"][:, :, 0, 0].tolist() == [[4, 3], [2, 1], [1, 0]]
+    assert result["slice_index"].tolist() == [[4, 3], [2, 1], [1, 0]]
+    assert result["visibility"][..., 0].tolist() == [[4.0, 3.0], [2.0, 1.0], [1.0, 0.0]]
 
 
 def test_a_sample_that_names_a_window_gets_that_one() -> None:

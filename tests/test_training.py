@@ -22,6 +22,7 @@ from trauma_monai.training import (
     EpochSeeds,
     PretrainedEncoder,
     SaveBest,
+    SaveLast,
     StepWithOptimizer,
     StopEarly,
     StopWhenDiverged,
@@ -154,6 +155,23 @@ def test_the_best_validation_is_kept(tmp_path: Path) -> None:
     trained(tmp_path, [0.5, 0.3, 0.4])
     assert best_weight(tmp_path) == 2.0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pt", "state.pt"]
+
+
+def test_what_fails_before_its_first_epoch_ended_leaves_the_last_weights_alone(tmp_path: Path) -> None:
+    network = torch.nn.Linear(1, 1)
+    path = tmp_path / "model_last.pt"
+
+    def train(losses: list[float]) -> None:
+        engine = Engine(lambda _, loss: 1 / loss)
+        SaveLast(path, network).attach(engine)
+        engine.run(losses)
+
+    train([1.0])
+    before = path.read_bytes()
+    torch.nn.init.zeros_(network.weight)
+    with pytest.raises(ZeroDivisionError):
+        train([0.0])
+    assert path.read_bytes() == before
 
 
 def test_a_training_that_goes_on_remembers_its_best(tmp_path: Path) -> None:

@@ -115,14 +115,14 @@ def test_soft_labels_are_those_of_the_published_code(name: str) -> None:
     torch.testing.assert_close(labels, torch.tensor([expected]))
 
 
-# Five batches are 3 optimizer steps. The cosine from lr to 0 takes 3 x epochs x factor steps, rounded down.
+# Five batches are 3 optimizer steps. The cosine from lr to 0 takes 3 x epochs x factor steps, whole or not.
 SCHEDULES = {
     # 3 x 12 x 1 = 36: at a quarter (1 + cos 45 deg) / 2 = .8535534 of 9e-5, half, and nothing at the end
     "organs_coat_m_unet_gru256_mask15": {0: 9e-5, 9: 7.6819806e-5, 18: 4.5e-5, 36: 0.0},
-    # 3 x 12 x 1.2 = 43.2 -> 43: the training ends at step 36, before the cosine does
-    "organs_coat_m_heads": {0: 1e-4, 36: 1e-4 * (1 + math.cos(math.pi * 36 / 43)) / 2},
-    # 3 x 10 x 1.05 = 31.5 -> 31
-    "bleed_effnet_s": {0: 2e-4, 30: 2e-4 * (1 + math.cos(math.pi * 30 / 31)) / 2},
+    # 3 x 12 x 1.2 = 43.2: the training ends at step 36, before the cosine does
+    "organs_coat_m_heads": {0: 1e-4, 36: 1e-4 * (1 + math.cos(math.pi * 36 / 43.2)) / 2},
+    # 3 x 10 x 1.05 = 31.5
+    "bleed_effnet_s": {0: 2e-4, 30: 2e-4 * (1 + math.cos(math.pi * 30 / 31.5)) / 2},
 }
 
 

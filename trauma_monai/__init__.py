@@ -106,6 +106,7 @@ _COMPONENTS = {
         "EpochSeeds",
         "PretrainedEncoder",
         "SaveBest",
+        "SaveLast",
         "StepWithOptimizer",
         "StopEarly",
         "StopWhenDiverged",
@@ -116,6 +117,7 @@ _COMPONENTS = {
     "runs": (
         "SaveMetrics",
         "SaveProbabilities",
+        "check_switches",
         "series_items",
     ),
 }

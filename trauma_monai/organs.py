@@ -4,7 +4,7 @@ The organ network looks at a small copy of the volume. Its answer, a label map i
 (:data:`trauma_monai.targets.ORGAN_CODES`), goes back to the grid that the volume came in. From the label map follow
 how much of each organ every slice shows, and the box that holds all organs.
 
-Shape letters: Z, Y, X axes of the volume (feet to head, to posterior, to patient left); O organs; K organ codes (5).
+Shape letters: Z, Y, X axes of the volume (slices, to posterior, to patient left); O organs; K organ codes (5).
 
 Source: 1st place, RSNA 2023 Abdominal Trauma Detection, https://github.com/Nischaydnk/RSNA-2023-1st-place-solution
 (`make_segmentation_data1.py`, `train_segmentation_model.py`, `make_info_data.py`).
@@ -245,7 +245,8 @@ class OrganVisibilityd(MapTransform):
     Writes two entries. Visibility, float32 of shape (Z, O): area of the organ in the slice over its largest area in
     the series; 0 where the organ is absent (in the reference it is undefined there). Of an organ with several codes
     (the kidneys) the larger visibility counts. The box, int64 (y1, y2, x1, x2) in pixels, upper ends exclusive:
-    bounds of all organs over all slices, the whole frame when there is no organ (there the reference fails).
+    bounds of all organs over all slices, the whole frame when there is no organ (there the reference fails). As in the
+    reference it ends before the last measured row and column of the organs, unless there is but one.
 
     Args:
         keys: the label map, shape (1, Z, Y, X), in the competition's codes; may be memory-mapped, only every n-th row
@@ -308,7 +309,8 @@ def _bounding_box(present: np.ndarray, steps: tuple[int, int], frame: tuple[int,
     bounds: list[int] = []
     for axis, step, length in zip((0, 1), steps, frame, strict=True):
         filled = np.flatnonzero(np.asarray(in_plane.any(axis=1 - axis)))
-        bounds += [int(filled[0]) * step, min((int(filled[-1]) + 1) * step, length)]
+        first, last = int(filled[0]), int(filled[-1])
+        bounds += [first * step, last * step if last > first else min((last + 1) * step, length)]
     return torch.tensor(bounds)
 
 

@@ -19,6 +19,7 @@ from trauma_monai.scans import find_studies
 __all__ = [
     "SaveMetrics",
     "SaveProbabilities",
+    "check_switches",
     "series_items",
 ]
 
@@ -61,6 +62,19 @@ def series_items(dataset_dir: str | Path) -> list[dict[str, Any]]:
 
 KEPT_KEYS = ("image", "organs", "patient_id", "series_id")
 """What inference needs of an item of a prepared data set: no labels."""
+
+
+def check_switches(**switches: Any) -> None:
+    """Refuse a switch of the command line that would mean its opposite.
+
+    The command line of MONAI reads ``--amp False``; of ``--amp false`` it makes a text, and a text counts as yes.
+
+    Raises:
+        ValueError: for a text that is not ``true``.
+    """
+    for name, value in switches.items():
+        if isinstance(value, str) and value.lower() != "true":
+            raise ValueError(f"--{name} is the text {value!r}; write --{name} False or --{name} True.")
 
 
 class SaveMetrics:

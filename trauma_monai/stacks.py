@@ -67,8 +67,8 @@ def slice_windows(
         raise ValueError(f"length={length} slices cannot be kept of a window of {window}; raise the window.")
     slices = np.arange(0, num_slices, 2 if num_slices > max_slices else 1)
     if len(slices) < window:
-        # The reference's expression, floating point included: 58 / 100 * 50 is 28.999..., which gives slice 28.
-        slices = slices[(np.arange(window) / window * len(slices)).astype(np.int64)]
+        # The reference's expression, floating point included: 58 * 0.01 * 50 is 28.999..., which gives slice 28.
+        slices = slices[(np.arange(0, 1, 1 / window)[:window] * len(slices)).astype(np.int64)]
     starts = list(range(0, len(slices) - window + 1, window))
     if len(slices) % window:
         starts.append(len(slices) - window)
@@ -89,6 +89,8 @@ class SelectSlicesd(MapTransform):
         length: see :func:`slice_windows`.
         window: see :func:`slice_windows`.
         max_slices: see :func:`slice_windows`.
+        head_first: take the slices from the last to the first, which lies at the feet. ``slice_index`` and the
+            companions follow; the volume stays as it is.
         window_key: entry with the index of the one window to take; all are taken when the sample lacks it.
         companions: entries with one row per slice, (Z, k), cut alike to (W, L, k); those that a sample lacks
             (labels, at inference) are skipped.
@@ -105,6 +107,7 @@ class SelectSlicesd(MapTransform):
         length: int = 96,
         window: int = 100,
         max_slices: int = 400,
+        head_first: bool = False,
         window_key: str = "window",
         companions: Sequence[str] = ("visibility", "frame_labels"),
         allow_missing_keys: bool = False,
@@ -114,6 +117,7 @@ class SelectSlicesd(MapTransform):
         self.length = length
         self.window = window
         self.max_slices = max_slices
+        self.head_first = head_first
         self.window_key = window_key
         self.companions = tuple(companions)
 
@@ -121,6 +125,8 @@ class SelectSlicesd(MapTransform):
         sample = dict(data)
         num_slices = int(sample[self.first_key(sample)].shape[1])
         index = torch.from_numpy(slice_windows(num_slices, self.mode, self.length, self.window, self.max_slices))
+        if self.head_first:
+            index = num_slices - 1 - index
         if self.window_key in sample:
             chosen = int(sample[self.window_key])
             if not 0 <= chosen < len(index):

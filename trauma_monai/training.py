@@ -29,6 +29,7 @@ __all__ = [
     "EpochSeeds",
     "PretrainedEncoder",
     "SaveBest",
+    "SaveLast",
     "StepWithOptimizer",
     "StopEarly",
     "StopWhenDiverged",
@@ -205,6 +206,27 @@ class SaveBest:
         """Save when this validation was the best."""
         if cast(Any, engine.state).best_metric_epoch == engine.state.epoch:
             save_whole(self.network.state_dict(), self.path)
+
+
+class SaveLast:
+    """Save the weights of a network when an epoch ends; what fails before its first one ended replaces nothing.
+
+    Args:
+        path: file for the flat state dict; replaced at once.
+        network: what is saved, the deployed network.
+    """
+
+    def __init__(self, path: str | Path, network: torch.nn.Module) -> None:
+        self.path = Path(path)
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        """Save when the trainer's epoch ends."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self) -> None:
+        """Save."""
+        save_whole(self.network.state_dict(), self.path)
 
 
 class StopEarly:
