@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tarfile
 import zipfile
@@ -253,7 +254,7 @@ def test_uneven_slices_are_refused(tmp_path: Path) -> None:
     [
         ({"PixelSpacing": [0.6, 0.25]}, "pixel spacings"),
         ({"ImageOrientationPatient": [0, 1, 0, 0, 0, 1]}, "different orientation"),
-        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER "]}, "localizer"),
         ({"RescaleIntercept": None}, "without them stored values are not HU"),
         ({"RescaleType": "US"}, "RescaleType US; expected HU"),
         ({"PixelSpacing": None}, "no PixelSpacing"),
@@ -317,6 +318,70 @@ def test_a_folder_of_damaged_headers_is_listed_to_its_end(tmp_path: Path, syntax
     found, rejected = discover_series(tmp_path)
     assert sum(len(series.files) for series in found) + len(rejected) == 301
     assert any("damaged" in item.reason for item in rejected)
+
+
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        ({"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31, "PixelData": bytes(4 * 7 * 9)}, "BitsStored 32"),
+        ({"RescaleIntercept": "nan"}, "expected finite numbers"),
+        ({"BitsStored": None}, "a header value is missing or malformed"),
+        ({"PixelSpacing": [1]}, "a header value is missing or malformed"),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, tags: dict[str, object], reason: str) -> None:
+    for path in write_series(tmp_path):
+        edit(path, **tags)
+    with pytest.raises(DicomError, match=reason):
+        read_series(tmp_path)
+
+
+def test_a_value_that_is_only_shown_refuses_no_series(tmp_path: Path) -> None:
+    for path in write_series(tmp_path):
+        path.write_bytes(re.sub(rb"(\x18\x00\x60\x00DS..)120", rb"\1abc", path.read_bytes(), flags=re.DOTALL))
+        assert b"abc" in path.read_bytes()
+    assert "kVp" not in read_series(tmp_path).facts
+
+
+def test_reconstructions_with_two_kernels_are_no_volume(tmp_path: Path) -> None:
+    for path, kernel in zip(write_series(tmp_path), ("B30f", "B70f") * 9, strict=False):
+        edit(path, ConvolutionKernel=kernel)
+    with pytest.raises(DicomError, match="slices of the kernels B30f and B70f mixed"):
+        read_series(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no DICOM any more"])
+def test_a_slice_at_the_end_that_is_no_dicom_any_more_is_not_lost_in_silence(tmp_path: Path, content: bytes) -> None:
+    write_series(tmp_path)[-1].write_bytes(content)
+    (tmp_path / "notes.txt").write_text("no slice")
+    with pytest.raises(DicomError, match="not a DICOM file"):
+        read_series(tmp_path)
+
+
+@pytest.mark.parametrize("with_meta", [True, False])
+def test_files_without_a_preamble_are_read(tmp_path: Path, with_meta: bool) -> None:
+    expected = as_zyx(write_series(tmp_path / "whole")[0].parent)
+    for path in (tmp_path / "whole").iterdir():
+        header = pydicom.dcmread(path)
+        if not with_meta:
+            header = Dataset({element.tag: element for element in header if element.tag.group != 2})
+        target = tmp_path / "bare" / path.name
+        target.parent.mkdir(exist_ok=True)
+        if with_meta:
+            target.write_bytes(path.read_bytes()[132:])
+        else:
+            header.save_as(target, implicit_vr=True, little_endian=True)
+    (found,), _ = discover_series(tmp_path / "bare")
+    assert np.array_equal(read_series(found).array.transpose(2, 1, 0), expected)
+
+
+def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
+    write_series(tmp_path / "elsewhere")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/patient").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "in")
+    (found,), rejected = discover_series(tmp_path / "in")
+    assert (len(found.files), rejected) == (SLICES, [])
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
@@ -404,6 +469,20 @@ def test_no_message_and_no_fact_holds_a_name(tmp_path: Path) -> None:
 
 
 # --- real files -------------------------------------------------------------------------------------------------------
+
+
+@needs_shared_data
+@pytest.mark.parametrize("syntax", ["81", "91"])
+def test_lossy_noise_in_the_fill_is_no_damage(tmp_path: Path, syntax: str) -> None:
+    lossy, exact = (next((SHARED_DATA / "cornerstone").glob(f"CTImage.dcm_*{end}.dcm")) for end in (syntax, ".1.2.1"))
+    for index in range(3):
+        for source, folder in ((lossy, "lossy"), (exact, "exact")):
+            header = pydicom.dcmread(source)
+            header.ImagePositionPatient = [*header.ImagePositionPatient[:2], index]
+            (tmp_path / folder).mkdir(exist_ok=True)
+            header.save_as(tmp_path / folder / f"{index}.dcm")
+    lossy_hu, exact_hu = (read_series(tmp_path / folder).array.astype(int) for folder in ("lossy", "exact"))
+    assert 0 < np.abs(lossy_hu - exact_hu).max() <= 5
 
 
 @needs_shared_data

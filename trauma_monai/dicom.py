@@ -8,18 +8,21 @@ and MONAI's convention).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
+from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage
+from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage, ImplicitVRLittleEndian
 
 from trauma_monai.pixels import DicomError, read_hu
 
@@ -51,6 +54,10 @@ SAME_ORIENTATION = 1e-3
 
 _DIRECTORY_FILE = "DICOMDIR"
 _DAMAGED = "damaged DICOM file"
+_NOT_DICOM = "not a DICOM file"
+_FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
+"""First bytes of a data set that was written without preamble, with and without its file meta information."""
+
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
@@ -160,6 +167,16 @@ def read_series(series: SeriesFiles | str | Path | Sequence[str | Path]) -> CTVo
             slices that differ in size, spacing or orientation, lie at one position with different pixels, are missing
             or unevenly spaced, or are sheared (gantry tilt).
     """
+    try:
+        return _read_volume(series)
+    except DicomError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Values are converted when they are asked for, wherever that is.
+        raise DicomError(f"a header value is missing or malformed: {' '.join(str(error).split())}.") from error
+
+
+def _read_volume(series: SeriesFiles | str | Path | Sequence[str | Path]) -> CTVolume:
     headers = _sorted_by_position(_read_slices(series))
     _check_alike([header for _, header in headers])
     positions = np.array([header.ImagePositionPatient for _, header in headers], dtype=np.float64)
@@ -189,7 +206,15 @@ def read_series(series: SeriesFiles | str | Path | Sequence[str | Path]) -> CTVo
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _DIRECTORY_FILE)
+    files: list[Path] = []
+    entered: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in entered:
+            folders.clear()  # links that lead back would be followed for ever
+            continue
+        entered.add(real)
+        files += [path for name in names if name != _DIRECTORY_FILE and (path := Path(place, name)).is_file()]
+    return sorted(files)
 
 
 def _series_key(path: Path, header: Dataset) -> tuple[str, str, str, str]:
@@ -204,12 +229,16 @@ def _read_header(path: Path, tags: Sequence[BaseTag], stop_before_pixels: bool) 
         # pydicom asks for its place in the file at every element, which a buffer in memory answers at no cost.
         file = path.open("rb") if stop_before_pixels else BytesIO(path.read_bytes())
         with file:
-            header = pydicom.dcmread(file, stop_before_pixels=stop_before_pixels, specific_tags=list(tags))
+            bare = file.read(2) in _FIRST_GROUPS
+            file.seek(0)
+            header = pydicom.dcmread(file, None, stop_before_pixels, force=bare, specific_tags=list(tags))
+        if bare and "TransferSyntaxUID" not in header.file_meta:
+            header.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian  # what a file without meta information has
         for tag in _SERIES_TAGS:
             header.get(tag)  # pydicom converts a value when it is asked for, and fails then
         reason = _no_ct_slice(header)
     except InvalidDicomError:
-        return None, "not a DICOM file"
+        return None, _NOT_DICOM
     except Exception as error:  # zlib.error, NotImplementedError, ...: damage of any kind
         return None, f"{_DAMAGED} ({type(error).__name__})"
     if reason:
@@ -223,8 +252,8 @@ def _read_header(path: Path, tags: Sequence[BaseTag], stop_before_pixels: bool) 
 def _read_slices(series: SeriesFiles | str | Path | Sequence[str | Path]) -> list[tuple[Path, Dataset]]:
     """Read the slices of one series with their pixels, still encoded.
 
-    In a folder, what is no CT slice is passed over; a file that was named is refused if it is none. A damaged file is
-    refused in either case: it may be a slice.
+    In a folder, what is no CT slice is passed over; a file that was named is refused if it is none. A damaged file, or
+    one that is called .dcm and is no DICOM, is refused in either case: it may be a slice.
     """
     in_folder = isinstance(series, (str, Path))
     paths = _files_in(Path(series)) if isinstance(series, (str, Path)) else _named_files(series)
@@ -233,7 +262,8 @@ def _read_slices(series: SeriesFiles | str | Path | Sequence[str | Path]) -> lis
     for path in paths:
         header, reason = _read_header(path, _SLICE_TAGS, stop_before_pixels=False)
         if header is None:
-            if not in_folder or reason.startswith(_DAMAGED):
+            broken = reason.startswith(_DAMAGED) or (reason == _NOT_DICOM and path.suffix.lower() == ".dcm")
+            if broken or not in_folder:
                 raise DicomError(f"{path.name}: {reason}.")
             passed_over.append(reason)
             continue
@@ -275,7 +305,7 @@ def _no_ct_slice(header: Dataset) -> str | None:
         return "enhanced (multi-frame) CT is not supported; export it as one file per slice"
     if sop_class != CTImageStorage and (sop_class or _text(header, "Modality") != "CT"):
         return f"not a CT image ({sop_class.name if sop_class else _text(header, 'Modality') or 'no modality'})"
-    if "LOCALIZER" in (header.get("ImageType") or ()):
+    if "LOCALIZER" in [str(value).strip() for value in _values(header, "ImageType")]:
         return "localizer"
     return None
 
@@ -284,23 +314,27 @@ def _text(header: Dataset, tag: str) -> str:
     return str(header.get(tag) or "").strip()
 
 
+def _values(header: Dataset, tag: str) -> list[Any]:
+    value = header.get(tag)
+    return list(value) if isinstance(value, MultiValue) else [] if value is None else [value]
+
+
 def _instance_uid(header: Dataset) -> str:
     return _text(header, "SOPInstanceUID") or str(header.file_meta.get("MediaStorageSOPInstanceUID", ""))
 
 
 def _facts(header: Dataset) -> dict[str, str | float]:
     """What a report may show. A closed list: free text may name a patient."""
-    kernel = header.get("ConvolutionKernel") or ""
     facts: dict[str, str | float] = {
-        "kernel": kernel if isinstance(kernel, str) else "/".join(kernel),
+        "kernel": "/".join(map(str, _values(header, "ConvolutionKernel"))),
         "manufacturer": _text(header, "Manufacturer"),
         "model": _text(header, "ManufacturerModelName"),
         "contrast_agent": "yes" if _text(header, "ContrastBolusAgent") else "",
         "transfer_syntax": header.file_meta.TransferSyntaxUID.name,
     }
     for name, tag in (("kVp", "KVP"), ("slice_thickness_mm", "SliceThickness")):
-        if _text(header, tag):
-            facts[name] = float(header[tag].value)
+        with suppress(TypeError, ValueError):  # only shown: a series is not refused for it
+            facts[name] = float(header.get(tag))
     return {name: value for name, value in facts.items() if value != ""}
 
 
@@ -334,6 +368,9 @@ def _check_alike(headers: Sequence[Dataset]) -> None:
         )
     if spacings.min() <= 0:
         raise DicomError(f"a pixel spacing of {spacings.min():g} mm; expected more than 0.")
+    kernels = sorted({"/".join(map(str, _values(header, "ConvolutionKernel"))) for header in headers})
+    if len(kernels) > 1:
+        raise DicomError(f"slices of the kernels {' and '.join(kernels)} mixed; expected one reconstruction.")
     cosines = np.array([header.ImageOrientationPatient for header in headers], dtype=np.float64)
     axes = cosines[0].reshape(2, 3)
     if not np.allclose(axes @ axes.T, np.eye(2), rtol=0, atol=SAME_ORIENTATION):

@@ -1,14 +1,28 @@
 """Stored pixels of one CT slice -> Hounsfield units, as the DICOM standard says and with no silent repair.
 
 Decoders: pydicom's own for uncompressed and deflated files; plugins of permissive licence for RLE, JPEG 2000
-(OpenJPEG), JPEG-LS (CharLS) and JPEG lossless (GDCM).
+(OpenJPEG), JPEG-LS (CharLS) and JPEG lossless (GDCM, in a process of its own). Each syntax has its one decoder: what
+that refuses is not handed to the next, which may crash over it.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from pydicom.dataset import Dataset
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import (
+    JPEG2000,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
+
+from trauma_monai import gdcm_process
 
 __all__ = ["AIR_HU", "DicomError", "read_hu"]
 
@@ -24,6 +38,9 @@ TISSUE_HU = (-1024, 3071)
 PLAUSIBLE_HU = (-2048, 4095)
 """Beyond these a slice holds metal on an extended scale, and the fill outside the round field of view."""
 
+FILL_NOISE_HU = 16
+"""How far lossy compression moves the fill outside the field of view."""
+
 MAX_IMPLAUSIBLE = 0.05
 """Share of other such pixels above which a slice is damaged: two hip prostheses cover about 2 %."""
 
@@ -31,6 +48,16 @@ BACKGROUND_HU = -200
 """The border of a CT slice shows air or the table: its median lies below this in a picture that is not inverted."""
 
 _RAW = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian)
+_PLUGINS = {
+    RLELossless: "pylibjpeg",
+    JPEG2000Lossless: "pylibjpeg",
+    JPEG2000: "pylibjpeg",
+    JPEGLSLossless: "pyjpegls",
+    JPEGLSNearLossless: "pyjpegls",
+}
+"""pydicom's name of the decoder of a transfer syntax."""
+
+_BY_GDCM = (JPEGLossless, JPEGLosslessSV1)
 _END_OF_IMAGE = b"\xff\xd9"
 """Marker that ends a JPEG, JPEG-LS and JPEG 2000 stream."""
 
@@ -93,7 +120,7 @@ def _decode(header: Dataset) -> np.ndarray:
     if syntax.is_compressed and syntax not in _RAW:
         _check_complete(header)
     try:
-        pixels = header.pixel_array
+        pixels = _decoded(header)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
@@ -103,6 +130,15 @@ def _decode(header: Dataset) -> np.ndarray:
         raise DicomError(f"pixels ({syntax.name}) cannot be decoded: {reason or type(error).__name__}") from error
     wanted = np.int16 if header.PixelRepresentation == 1 else np.uint16
     return np.ascontiguousarray(pixels).astype(wanted, copy=False)
+
+
+def _decoded(header: Dataset) -> np.ndarray:
+    syntax = header.file_meta.TransferSyntaxUID
+    if syntax in _BY_GDCM:
+        return gdcm_process.decode(header)
+    if syntax in _PLUGINS:
+        header.pixel_array_options(decoding_plugin=_PLUGINS[syntax])
+    return header.pixel_array
 
 
 def _raw(header: Dataset) -> np.ndarray:
@@ -126,6 +162,8 @@ def _signed_or_not(pixels: np.ndarray, header: Dataset) -> np.ndarray:
     PS3.5 8.1.1: bits above BitsStored do not belong to the value; some writers leave them 0 in negative numbers.
     """
     unused = 16 - int(header.BitsStored)
+    if unused < 0:
+        raise DicomError(f"BitsStored {header.BitsStored}; expected at most 16, as CT has")
     if int(header.get("HighBit", header.BitsStored - 1)) != header.BitsStored - 1:
         raise DicomError(f"HighBit {header.HighBit} with BitsStored {header.BitsStored}; expected BitsStored - 1")
     if unused == 0:
@@ -142,6 +180,8 @@ def _rescale(header: Dataset) -> tuple[float, float]:
         raise DicomError("no RescaleSlope or RescaleIntercept; without them stored values are not HU")
     if header.get("RescaleType", "HU") not in ("HU", "", None):
         raise DicomError(f"RescaleType {header.RescaleType}; expected HU")
+    if not np.isfinite([float(slope), float(intercept)]).all():
+        raise DicomError(f"RescaleSlope {slope} and RescaleIntercept {intercept}; expected finite numbers")
     return float(slope), float(intercept)
 
 
@@ -187,7 +227,8 @@ def _check_range(lowest: float, highest: float) -> None:
 def _check_plausible(hu: np.ndarray) -> None:
     """Refuse noise: what decoders make of a damaged JPEG stream, without an error."""
     # The lowest value is the fill outside the field of view.
-    implausible = float(np.mean(((hu < PLAUSIBLE_HU[0]) & (hu != hu.min())) | (hu > PLAUSIBLE_HU[1])))
+    above_fill = hu > int(hu.min()) + FILL_NOISE_HU
+    implausible = float(np.mean(((hu < PLAUSIBLE_HU[0]) & above_fill) | (hu > PLAUSIBLE_HU[1])))
     if implausible > MAX_IMPLAUSIBLE:
         raise DicomError(
             f"{implausible:.0%} of the values lie outside {PLAUSIBLE_HU[0]} to {PLAUSIBLE_HU[1]} HU: damaged pixel data"
