@@ -110,8 +110,9 @@ def test_weights_inside_a_training_state_are_found(tmp_path: Path):
 
 def test_a_missing_tensor_is_named_and_nothing_is_written(tmp_path: Path):
     published = published_coat(coat_net())
-    del published["enc.cls_token3"]
-    with pytest.raises(ValueError, match=r"missing: encoder\.stages\.2\.class_token\."):
+    del published["enc.cls_token3"], published["lstm2.bias_hh_l0"]
+    there = r"encoder\.stages\.2\.class_token \(there enc\.cls_token3\), rnn\.bias_hh_l0 \(there lstm2\.bias_hh_l0\)\."
+    with pytest.raises(ValueError, match=rf"missing: {there}"):
         convert_checkpoint(save(published, tmp_path), coat_net(), tmp_path / "model.pt")
     assert not (tmp_path / "model.pt").exists()
 
@@ -136,6 +137,13 @@ def test_shared_layers_that_differ_are_refused(tmp_path: Path):
         convert_checkpoint(save(published, tmp_path), coat_net(), tmp_path / "model.pt")
 
 
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path):
+    published = published_coat(coat_net())
+    published["module.head.1.bias"] = published["head.1.bias"] + 1
+    with pytest.raises(ValueError, match="both with and without the prefix"):
+        convert_checkpoint(save(published, tmp_path), coat_net(), tmp_path / "model.pt")
+
+
 def test_the_checkpoint_of_another_system_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"is of no known system.*It holds fc\.weight"):
         convert_checkpoint(save({"fc.weight": torch.zeros(1)}, tmp_path), coat_net(), tmp_path / "model.pt")
@@ -144,7 +152,7 @@ def test_the_checkpoint_of_another_system_is_refused(tmp_path: Path):
 
 
 def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="does not hold plain tensors"):
+    with pytest.raises(ValueError, match="is damaged, or holds other things than tensors"):
         convert_checkpoint(save({"enc.": Path}, tmp_path), coat_net(), tmp_path / "model.pt")
 
 

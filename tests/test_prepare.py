@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,16 +11,17 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 from dask.distributed import LocalCluster
 
 import trauma_monai.prepare as module
-from competition import AFFINE, HU, ROWS, SHAPE, items_of, one_voxel, rejected_of, run, write_dicom
+from competition import AFFINE, HU, ROWS, SHAPE, SLICES, items_of, one_voxel, rejected_of, run, write_dicom
 from trauma_monai import workers
 from trauma_monai.organ_masks import mask_on_grid
 from trauma_monai.prepare import prepare
 from trauma_monai.rsna_layout import assign_folds
-from trauma_monai.targets import TARGETS
+from trauma_monai.targets import SUBMISSION_COLUMNS, TARGETS
 
 # Volumes
 
@@ -306,6 +308,77 @@ def test_test_images_become_the_test_section_without_labels(competition, out):
 
 
 # Runs that go on where one stopped
+
+
+@pytest.mark.parametrize(
+    ("table", "text", "reason"),
+    [
+        ("train.csv", "", "train.csv is not a readable CSV file"),
+        ("train.csv", "\xff\xfe", "train.csv is not a readable CSV file"),
+        ("train.csv", "{titles}\n10,1,0,1,0,1,0,0,1,0,0,abc,0,0\n", "line 2: spleen_healthy is 'abc'"),
+        ("train.csv", "{titles}\n,1,0,1,0,1,0,0,1,0,0,1,0,0\n", "train.csv, line 2: no patient_id"),
+        (
+            "train_series_meta.csv",
+            "patient_id,series_id,aortic_hu\n10,1,high\n",
+            "aortic_hu is 'high'; expected a number",
+        ),
+        (
+            "image_level_labels.csv",
+            "patient_id,series_id,instance_number,injury_name\n20,2,3.5,Bowel\n",
+            "image_level_labels.csv has instance numbers that are not whole",
+        ),
+    ],
+)
+def test_a_malformed_table_is_an_error_that_names_it(competition, out, table, text, reason):
+    titles = ",".join(("patient_id", *SUBMISSION_COLUMNS))
+    (competition.folder / table).write_bytes(text.format(titles=titles).encode("latin-1"))
+    with pytest.raises(ValueError, match=reason):
+        run(competition, out)
+
+
+def test_labels_that_contradict_themselves_are_refused(competition, out):
+    competition.patient("30")
+    for patient_id, any_injury in (("10", 1), ("20", 1), ("30", 0)):
+        competition.patients[patient_id]["any_injury"] = any_injury
+    columns = ("patient_id", *SUBMISSION_COLUMNS, "any_injury")
+    competition._write("train.csv", columns, list(competition.patients.values()))
+    run(competition, out)
+    assert rejected_of(out) == [("10", "1", "train.csv: any_injury contradicts the other columns")]
+
+
+def test_frame_labels_of_a_series_that_is_not_there_are_reported(competition, out):
+    competition.frames.append({"patient_id": "20", "series_id": "99", "instance_number": 1, "injury_name": "Bowel"})
+    competition.write_tables()
+    run(competition, out)
+    assert rejected_of(out) == [("20", "99", "frame labels of a series that is not there")]
+
+
+def test_frame_labels_count_the_files_as_the_layout_says(competition, out):
+    for path in (competition.folder / "train_images/20/2").iterdir():
+        header = pydicom.dcmread(path)
+        header.InstanceNumber += 1
+        header.save_as(path)
+    competition.frames.append({"patient_id": "20", "series_id": "2", "instance_number": 1, "injury_name": "Bowel"})
+    competition.write_tables()
+    run(competition, out)
+    assert items_of(out)["2"]["frame_labels"]["bowel_injury"] == [SLICES - 1], "file 1 lies nearest to the head"
+
+
+def test_a_series_in_both_sections_is_taken_once(competition, out):
+    competition.add_mask("1", one_voxel())
+    shutil.copytree(competition.folder / "train_images/10", competition.folder / "test_images/10")
+    run(competition, out)
+    assert (out / items_of(out)["1"]["organs"]).exists()
+    assert items_of(out, "test") == {}
+    assert rejected_of(out) == [("10", "1", "in test_images, but train_images has it too")]
+
+
+@pytest.mark.parametrize("damaged", ["[]", "null", '{"version": 2}'])
+def test_a_damaged_record_is_made_again(competition, out, damaged):
+    run(competition, out)
+    (out / "records/10_1.json").write_text(damaged)
+    assert run(competition, out).reused == 2
+    assert set(items_of(out)) == {"1", "2", "3"}
 
 
 def written_at(out: Path) -> dict[str, int]:

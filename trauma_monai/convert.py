@@ -140,6 +140,12 @@ def convert_checkpoint(checkpoint: Path, network: nn.Module, out: Path) -> Conve
     published = _read_checkpoint(Path(checkpoint))
     layout = _find_layout(published, checkpoint)
     weights, dropped = _rename(published, layout, checkpoint)
+    missing = [name for name in network.state_dict() if name not in weights]
+    if missing:
+        published_names = ", ".join(f"{name} (there {_published_name(name, layout)})" for name in missing)
+        raise ValueError(
+            f"{checkpoint} ({layout.system}) does not fit {type(network).__name__}. missing: {published_names}."
+        )
     check_weights(weights, network, f"{checkpoint} ({layout.system})")
     network.load_state_dict(weights)
     with complete_or_absent(Path(out), "wb") as file:
@@ -156,7 +162,10 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             content = content[wrapper]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict (name -> tensor).")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    plain = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    if len(plain) < len(content):
+        raise ValueError(f"{path} holds tensors both with and without the prefix 'module.'; expected one of the two.")
+    return plain
 
 
 def _find_layout(published: Mapping[str, torch.Tensor], source: Path) -> _Layout:
@@ -196,3 +205,14 @@ def _new_name(name: str, layout: _Layout) -> str | None:
             stage = int(match[1]) - 1 if match.groups() else None  # published stages count from 1
             return replacement.format(stage=stage) + name[match.end() :]
     return None
+
+
+def _published_name(name: str, layout: _Layout) -> str:
+    """Where a checkpoint has one of our tensors: :func:`_new_name` backwards."""
+    for pattern, replacement in layout.renames:
+        for stage in range(4):
+            ours = replacement.format(stage=stage)
+            if ours and name.startswith(ours):
+                theirs = pattern.replace("([1-4])", str(stage + 1)).replace("\\.", ".").rstrip("$")
+                return theirs + name[len(ours) :]
+    return name

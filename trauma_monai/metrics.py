@@ -353,7 +353,10 @@ def _check_submission(table: pd.DataFrame) -> pd.DataFrame:
         if wrong := _named(numbers.index[numbers[column] < 0]):
             raise ValueError(f"submission: {column} is negative in the rows of patients {wrong}; expected 0 or more.")
     for group, columns in GROUPS.items():
-        if wrong := _named(numbers.index[numbers[list(columns)].sum(axis=1) == 0]):
+        sums = numbers[list(columns)].sum(axis=1)
+        if wrong := _named(numbers.index[~np.isfinite(sums)]):
+            raise ValueError(f"submission: {' + '.join(columns)} cannot be added up in the rows of patients {wrong}.")
+        if wrong := _named(numbers.index[sums == 0]):
             raise ValueError(
                 f"submission: {' + '.join(columns)} is 0 in the rows of patients {wrong}; "
                 f"at least one class of {group} needs a probability above 0."

@@ -60,8 +60,11 @@ from trauma_monai.workers import run_jobs
 
 __all__ = ["Prepared", "prepare"]
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 """Raised when volumes are written differently, so that older ones are made again."""
+
+RECORD_ENTRIES = {"version", "inputs", "shape", "instance_numbers", "has_mask", "mask_problem"}
+"""What a record holds; one that was damaged is made again."""
 
 KILLED = "the process that read it was killed each time: a decoder crashed, or memory ran out"
 
@@ -135,6 +138,9 @@ def prepare(
     series, rejected = list_series(rsna_dir)
     tables = _Tables.read(rsna_dir, folds) if any(one.section == "training" for one in series) else _Tables.empty()
     rejected += [Rejection(one.patient_id, one.series_id, reason) for one in series if (reason := tables.problem(one))]
+    known = {(one.patient_id, one.series_id) for one in series}
+    known |= {(one.patient_id, one.series_id) for one in rejected}
+    rejected += [Rejection(*key, "frame labels of a series that is not there") for key in tables.frames.keys() - known]
     series = [one for one in series if not tables.problem(one)]
     make_folders(out)
 
@@ -212,12 +218,17 @@ def _prepare_series(job: _Job) -> _Outcome:
         "version": RECORD_VERSION,
         "inputs": inputs,
         "shape": list(volume.array.shape),
-        "instance_numbers": [None if number is None else int(number) for _, number, _ in volume.instances],
+        "instance_numbers": [_instance_number(number, path) for _, number, path in volume.instances],
         "has_mask": codes is not None,
         "mask_problem": mask_problem,
     }
     write_json(record_file, record)
     return _Outcome(record)
+
+
+def _instance_number(of_header: int, path: Path) -> int:
+    """What frame labels call a slice: the name of its file, as the layout promises, or else what its header says."""
+    return int(path.stem) if path.stem.isdecimal() else of_header
 
 
 def _read_mask(path: Path | None, shape: Sequence[int], affine: np.ndarray) -> tuple[np.ndarray | None, str | None]:
@@ -234,6 +245,8 @@ def _valid_record(path: Path, inputs: str, job: _Job) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or set(record) != RECORD_ENTRIES:
         return None
     if record.get("version") != RECORD_VERSION or record.get("inputs") != inputs:
         return None

@@ -84,10 +84,13 @@ def list_series(rsna_dir: Path) -> tuple[list[RsnaSeries], list[Rejection]]:
     if test.is_dir():
         table = rsna_dir / "test_series_meta.csv"
         aortic_hu = _read_aortic_hu(table) if table.exists() else {}
-        found += [
-            RsnaSeries("test", patient_id, series_id, folder, None, aortic_hu.get((patient_id, series_id)))
-            for patient_id, series_id, folder in _folders(test)
-        ]
+        taken = {(series.patient_id, series.series_id) for series in found}
+        for patient_id, series_id, folder in _folders(test):
+            if (patient_id, series_id) in taken:
+                rejected.append(Rejection(patient_id, series_id, "in test_images, but train_images has it too"))
+                continue
+            hu = aortic_hu.get((patient_id, series_id))
+            found.append(RsnaSeries("test", patient_id, series_id, folder, None, hu))
     return found, rejected
 
 
@@ -96,9 +99,9 @@ def read_labels(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
 
     Returns:
         Labels by patient, and what is wrong with the lines of the patients that have none: a group of columns (healthy
-        and injured, or healthy, low and high) that does not hold exactly one 1.
+        and injured, or healthy, low and high) that does not hold exactly one 1, or an any_injury that contradicts them.
     """
-    table = _read_table(path, ("patient_id", *SUBMISSION_COLUMNS), unique=("patient_id",))
+    table = _read_table(path, ("patient_id", *SUBMISSION_COLUMNS), SUBMISSION_COLUMNS, unique=("patient_id",))
     labels: dict[str, dict[str, int]] = {}
     problems: dict[str, str] = {}
     for row in table.to_dict("records"):
@@ -110,7 +113,11 @@ def read_labels(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
         if wrong:
             problems[row["patient_id"]] = f"{path.name}: columns of {', '.join(wrong)} do not hold exactly one 1"
         else:
-            labels[row["patient_id"]] = {name: _target_value(name, row) for name in TARGETS}
+            label = {name: _target_value(name, row) for name in TARGETS}
+            if row.get("any_injury", any(label.values())) != any(label.values()):
+                problems[row["patient_id"]] = f"{path.name}: any_injury contradicts the other columns"
+            else:
+                labels[row["patient_id"]] = label
     return labels, problems
 
 
@@ -128,8 +135,11 @@ def read_frame_labels(path: Path) -> dict[tuple[str, str], dict[str, list[int]]]
     Raises:
         ValueError: for an injury with an unknown name.
     """
-    table = _read_table(path, ("patient_id", "series_id", "instance_number", "injury_name"))
-    unknown = sorted(set(table["injury_name"]) - set(FRAME_LABEL_NAMES))
+    columns = ("patient_id", "series_id", "instance_number", "injury_name")
+    table = _read_table(path, columns, numbers=("instance_number",))
+    if not (table["instance_number"] % 1 == 0).all():
+        raise ValueError(f"{path.name} has instance numbers that are not whole.")
+    unknown = sorted(set(map(str, table["injury_name"])) - set(FRAME_LABEL_NAMES))
     if unknown:
         raise ValueError(f"{path.name} names injuries {unknown}; known: {', '.join(FRAME_LABEL_NAMES)}.")
     frames: dict[tuple[str, str], dict[str, list[int]]] = {}
@@ -178,7 +188,8 @@ def _merge_small_strata(strata: list[str], folds: int) -> list[str]:
 
 
 def _read_aortic_hu(path: Path) -> dict[tuple[str, str], float | None]:
-    table = _read_table(path, ("patient_id", "series_id", "aortic_hu"), unique=("patient_id", "series_id"))
+    keys = ("patient_id", "series_id")
+    table = _read_table(path, (*keys, "aortic_hu"), ("aortic_hu",), unique=keys, may_lack=("aortic_hu",))
     return {
         (row["patient_id"], row["series_id"]): _measured(float(row["aortic_hu"])) for row in table.to_dict("records")
     }
@@ -188,17 +199,50 @@ def _measured(aortic_hu: float) -> float | None:
     return aortic_hu if math.isfinite(aortic_hu) and aortic_hu > AORTIC_HU_FAILED else None
 
 
-def _read_table(path: Path, columns: Sequence[str], unique: Sequence[str] = ()) -> pd.DataFrame:
+def _read_table(
+    path: Path,
+    columns: Sequence[str],
+    numbers: Sequence[str],
+    unique: Sequence[str] = (),
+    may_lack: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Read a CSV file and check it.
+
+    Args:
+        path: the file.
+        columns: that it must have, none of them empty in any line.
+        numbers: those of them that hold numbers.
+        unique: columns whose values occur together only once.
+        may_lack: columns that may be empty in a line.
+    """
     if not path.exists():
         raise FileNotFoundError(f"no {path.name} in {path.parent}; it is part of the competition's layout.")
-    table = pd.read_csv(path, dtype={"patient_id": str, "series_id": str})
+    try:
+        table = pd.read_csv(path, dtype={"patient_id": str, "series_id": str})
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is not a readable CSV file ({error}); expected comma-separated text.") from error
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise ValueError(f"{path.name} lacks the columns {missing}; it has {list(table.columns)}.")
+    for column in columns:
+        empty = table[column].isna()
+        if column not in may_lack and empty.any():
+            raise ValueError(f"{path.name}, line {_line(empty)}: no {column}.")
+        if column in numbers:
+            values = pd.to_numeric(table[column], errors="coerce")
+            if (wrong := values.isna() & ~empty).any():
+                found = table[column][wrong].iloc[0]
+                raise ValueError(f"{path.name}, line {_line(wrong)}: {column} is {found!r}; expected a number.")
+            table[column] = values
     if unique and table.duplicated(list(unique)).any():
         first = table[table.duplicated(list(unique))].iloc[0]
         raise ValueError(f"{path.name} repeats {', '.join(f'{key} {first[key]}' for key in unique)}; expected once.")
     return table
+
+
+def _line(rows: pd.Series) -> int:
+    """Line in the file of the first row that is meant, below the line of titles."""
+    return int(rows.to_numpy().argmax()) + 2
 
 
 def _folders(images: Path) -> Iterator[tuple[str, str, Path]]:

@@ -59,7 +59,10 @@ def read_tensors(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load answers a damaged or foreign file with many types of error
-        raise ValueError(f"{path} does not hold plain tensors: {error}") from error
+        raise ValueError(
+            f"{path} is damaged, or holds other things than tensors ({type(error).__name__}); expected what "
+            "torch.save(network.state_dict(), file) writes."
+        ) from error
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], network: nn.Module, source: str) -> None:
