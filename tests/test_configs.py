@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from conftest import BUNDLES
+from trauma_monai.bundle_metadata import find_metadata_problems
 
 NAMES = ("organ_ct_segmentation", "trauma_ct_classification")
 VARIANTS = [path for name in NAMES for path in sorted((BUNDLES / name / "configs/variants").glob("*.yaml"))]
@@ -110,8 +112,20 @@ def test_the_network_of_every_variant_gives_what_the_metadata_says(name: str, fi
 def test_metadata_agrees_with_the_configs_and_its_own_changelog(name: str) -> None:
     metadata = ConfigParser.load_config_file(configs(name) / "metadata.json")
     assert metadata["version"] in metadata["changelog"]
-    outputs = metadata["network_data_format"]["outputs"]["pred"]
-    assert outputs["channel_def"]
+    inference = ConfigParser.load_config_file(configs(name) / "inference.yaml")
+    assert list(find_metadata_problems(metadata, inference)) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_on_the_flow_has_the_steps_in_the_order_of_the_config(name: str) -> None:
+    steps = parsed(name, "inference.yaml").get_parsed_content("preprocessing").flatten().transforms
+    in_config = list(dict.fromkeys(type(step).__name__ for step in steps))
+    page = (BUNDLES.parent / "docs/flow.md").read_text()
+    _, organ_table, trauma_table = re.split(r"^## The organ bundle|^## The trauma bundle", page, flags=re.MULTILINE)
+    table = {"organ_ct_segmentation": organ_table, "trauma_ct_classification": trauma_table}[name]
+    first_column = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
+    on_page = [step for cell in first_column for step in re.findall(r"`(\w+)`", cell) if step in in_config]
+    assert on_page == [step for step in in_config if step != "ScaleIntensityRanged"], "of which nobody asks the shape"
 
 
 @pytest.mark.parametrize(
