@@ -128,6 +128,19 @@ def test_the_page_on_the_flow_has_the_steps_in_the_order_of_the_config(name: str
     assert on_page == [step for step in in_config if step != "ScaleIntensityRanged"], "of which nobody asks the shape"
 
 
+@pytest.mark.parametrize("overlay", ["multi_gpu_train.yaml", "multi_gpu_evaluate.yaml"])
+def test_both_bundles_go_parallel_in_the_same_way(overlay: str) -> None:
+    organ, trauma = (ConfigParser.load_config_file(configs(name) / overlay) for name in NAMES)
+    shared = organ.keys() & trauma.keys() - {"network"}
+    assert {"imports", "device", "backend", "rank", "world_size", "initialize", "finalize"} <= shared
+    for key in shared:
+        own, others = (
+            [line for line in config[key] if "check_switches" not in str(line)] if key == "initialize" else config[key]
+            for config in (organ, trauma)
+        )
+        assert own == others, key
+
+
 @pytest.mark.parametrize(
     "path", sorted(BUNDLES.glob("*/configs/**/*.yaml")), ids=lambda p: f"{p.parents[1].name}-{p.stem}"
 )
