@@ -12,14 +12,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from conftest import BUNDLES
 from trauma_monai.bundle_metadata import find_metadata_problems
+from trauma_monai.zoo_checks import OWN_OF_EACH_WORKFLOW
 
 NAMES = ("organ_ct_segmentation", "trauma_ct_classification")
 VARIANTS = [path for name in NAMES for path in sorted((BUNDLES / name / "configs/variants").glob("*.yaml"))]
 SYSTEMS = [(name, []) for name in NAMES] + [(path.parents[2].name, [path]) for path in VARIANTS]
 SYSTEM_IDS = [f"{name}-{files[0].stem if files else 'base'}" for name, files in SYSTEMS]
-
-# Names whose values may differ between train.yaml and inference.yaml: each job has its own.
-OWN_OF_EACH_JOB = {"output_dir", "dataset_dir", "imports", "initialize", "run", "network", "num_workers", "amp"}
 
 # The full networks on small pictures, without a download, and a fold that the small data set has.
 SMALL: dict[str, dict[str, Any]] = {
@@ -88,7 +86,7 @@ def test_monai_finds_every_property_it_asks_for(
 @pytest.mark.parametrize("name", NAMES)
 def test_training_and_inference_agree_on_what_they_share(name: str) -> None:
     train, inference = (ConfigParser.load_config_file(configs(name) / f) for f in ("train.yaml", "inference.yaml"))
-    shared = set(train) & set(inference) - OWN_OF_EACH_JOB
+    shared = set(train) & set(inference) - OWN_OF_EACH_WORKFLOW
     assert {"network_def", "flow", "window"} <= shared
     assert {key: train[key] for key in shared} == {key: inference[key] for key in shared}
 

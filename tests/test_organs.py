@@ -5,16 +5,19 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor, decollate_batch, list_data_collate
-from monai.transforms import Compose, Invertd, Orientationd, SaveImaged
+from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged, Orientationd, SaveImaged
 
 from conftest import BUNDLES
 from trauma_monai.networks import InflatedUNet
 from trauma_monai.organs import (
+    CheckMaskd,
     NameBySeriesd,
     OrganDice,
     OrganDiceCELoss,
@@ -25,6 +28,7 @@ from trauma_monai.organs import (
     SegmentOrgansd,
 )
 from trauma_monai.targets import ORGANS
+from trauma_monai.volume_reader import VolumeReader
 
 ORGAN_BUNDLE = BUNDLES / "organ_ct_segmentation"
 SMALL = {"encoder": "test_resnet", "decoder_channels": [32, 16, 8, 8]}
@@ -212,6 +216,41 @@ def test_visibility_is_the_area_over_the_largest_and_the_larger_kidney_counts() 
     visibility = OrganVisibilityd("organs", ORGANS)({"organs": organs})["visibility"]
     expected = torch.tensor([[1.0, 0, 0, 0], [0.25, 0, 1, 0], [0, 0, 1, 0]])  # liver, spleen, kidney, bowel
     torch.testing.assert_close(visibility, expected)
+
+
+def loaded(folder: Path, mask: np.ndarray, shift_mm: float = 0.0) -> dict[str, Any]:
+    """An image and its mask as the bundle reads them, the image turned as the flow does it first."""
+    affine, shifted = np.diag([-2.0, -2.0, 5.0, 1.0]), np.diag([-2.0, -2.0, 5.0, 1.0])
+    shifted[2, 3] = shift_mm
+    nib.save(nib.Nifti1Image(np.zeros((6, 5, 4), np.int16), affine), folder / "image.nii")
+    nib.save(nib.Nifti1Image(mask.astype(np.uint8), shifted), folder / "mask.nii")
+    load = Compose(
+        [
+            LoadImaged(["image", "label"], reader=VolumeReader, dtype=None, ensure_channel_first=False),
+            EnsureChannelFirstd("image"),
+            Orientationd("image", axcodes="IPL", labels=None),
+        ]
+    )
+    return load({"image": folder / "image.nii", "label": folder / "mask.nii"})
+
+
+def test_a_mask_of_the_image_is_taken(tmp_path: Path) -> None:
+    sample = loaded(tmp_path, np.full((6, 5, 4), 5))
+    assert CheckMaskd("label")(sample)["label"] is sample["label"]
+
+
+@pytest.mark.parametrize(
+    ("mask", "shift_mm", "reason"),
+    [
+        (np.zeros((6, 5, 4)), 5.0, "it lies up to 1.00 voxels from the image"),
+        (np.zeros((6, 5, 3)), 0.0, r"shape \(6, 5, 3\) differs from that of the image, \(6, 5, 4\)"),
+        (np.full((6, 5, 4), 51), 0.0, "values 51 to 51, expected organ codes 0 to 5"),
+    ],
+    ids=["elsewhere", "a slice short", "other codes"],
+)
+def test_a_mask_of_another_image_is_refused(tmp_path: Path, mask: np.ndarray, shift_mm: float, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"the mask mask\.nii does not fit its image: {reason}"):
+        CheckMaskd("label")(loaded(tmp_path, mask, shift_mm))
 
 
 def test_the_box_of_all_organs_ends_before_their_last_row_and_column_as_published() -> None:

@@ -183,6 +183,17 @@ SPOILED = {
     "renamed handlers": (TRAUMA, "train.yaml", "\n  handlers:", "\n  hooks:", "lacks train::handlers"),
     "dangling reference": (ORGANS, "train.yaml", "\nloss:", "\ncriterion:", "train.json refers to loss"),
     "missing run": (TRAUMA, "evaluate.yaml", "evaluating:", "testing:", "evaluate.json lacks evaluating"),
+    "other network": (ORGANS, "train.yaml", "num_classes: 5", "num_classes: 6", "network_def is .* in train.json and"),
+    "other size": (ORGANS, "train.yaml", "image_size: 128", "image_size: 96", "image_size is 96 in train.json and 128"),
+    "run renamed": (ORGANS, "evaluate.yaml", "\nrun:", "\ngo:", "evaluate.json has no run of its own"),
+    "version a number": (ORGANS, "metadata.json", '"version": "0.1.0"', '"version": 1', "version of another type"),
+    "changelog a list": (
+        ORGANS,
+        "metadata.json",
+        '{\n    "0.1.0": "first version"\n  }',
+        '["0.1.0"]',
+        "changelog of an",
+    ),
     "unknown component": (ORGANS, "inference.yaml", "NameBySeriesd", "NameByPatientd", "NameByPatientd"),
     "unnamed package": (ORGANS, "metadata.json", '"timm": ', '"jinja2": ', "the modules import timm, of which"),
 }
@@ -196,6 +207,13 @@ def test_a_spoiled_bundle_is_refused_before_anything_is_written(case: str, tmp_p
     with pytest.raises(ValueError, match=reason):
         package(source, tmp_path / name, zipped=True)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_misspelt_name_of_a_variant_is_refused(tmp_path: Path) -> None:
+    source = copy_source(ORGANS, tmp_path / "source")
+    replace_in(source / "configs/variants/demo.yaml", "image_size", "imagesize")
+    with pytest.raises(ValueError, match="variant demo sets imagesize, which neither train nor inference has"):
+        package(source, tmp_path / ORGANS, "demo")
 
 
 def test_weights_of_another_variant_are_refused(tmp_path: Path) -> None:
@@ -244,7 +262,7 @@ def spoil(folder: Path, case: str) -> None:
         ("torchscript of other metadata", "does not carry the package's metadata.json"),
         ("lost module", "lack trauma_monai.stacks"),
         ("lost overlay", "configs/evaluate.json is missing"),
-        ("other size", r"spatial_shape of inputs image is .*, the configs say \[32, 48, 48\]"),
+        ("other size", "image_size is 96 in train.json and 48 in inference.json"),
     ],
 )
 def test_a_package_that_was_spoiled_later_is_found_out(

@@ -103,7 +103,9 @@ def test_runs_and_processes_draw_differently() -> None:
     assert drawn(seed=3, rank=1, epochs=1) != first
 
 
-def trained(folder: Path, scores: Sequence[float], resume: bool = False, patience: int | None = None) -> Any:
+def trained(
+    folder: Path, scores: Sequence[float], resume: bool = False, patience: int | None = None, interval: int = 1
+) -> Any:
     """Train one weight, +1 an epoch; validation number ``n`` of all gives ``scores[n]``, of which less is better."""
     network = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(network.weight)
@@ -126,7 +128,7 @@ def trained(folder: Path, scores: Sequence[float], resume: bool = False, patienc
     evaluator.add_event_handler(Events.EPOCH_COMPLETED, score)
     SaveBest(folder / "model.pt", network).attach(evaluator)
     handlers = [
-        ValidationHandler(1, evaluator),
+        ValidationHandler(interval, evaluator),
         TrainingState(
             folder / "state.pt", {"network": network, "optimizer": optimizer}, evaluator=evaluator, resume=resume
         ),
@@ -191,6 +193,12 @@ def test_training_stops_when_validation_gets_no_better(tmp_path: Path) -> None:
     assert trained(tmp_path, [0.5, 0.3, 0.4, 0.4, 0.1], patience=2).state.epoch == 4
     with pytest.raises(ValueError, match="patience is 0 epochs; expected at least 1"):
         trained(tmp_path, [0.5], patience=0)
+
+
+def test_epochs_without_a_validation_do_not_use_up_patience(tmp_path: Path) -> None:
+    """Validated in epochs 4, 8 and 12, of which the first is the best; patience 2 runs out at the second."""
+    assert trained(tmp_path, [0.3] * 12, patience=2, interval=4).state.epoch == 8
+    assert trained(tmp_path, [0.3] * 12, patience=5, interval=4).state.epoch == 12
 
 
 def test_progress_in_a_log_tells_epoch_loss_and_what_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,6 +20,7 @@ _COMPONENTS = {
     ),
     "volume_reader": ("VolumeReader",),
     "organs": (
+        "CheckMaskd",
         "NameBySeriesd",
         "OrganDice",
         "OrganDiceCELoss",

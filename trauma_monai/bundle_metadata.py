@@ -23,6 +23,16 @@ REQUIRED = (
     *("description", "authors", "copyright", "data_source", "data_type", "intended_use", "references"),
     *("eval_metrics", "supported_apps", "network_data_format"),
 )
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "changelog": dict,
+    "required_packages_version": dict,
+    "network_data_format": dict,
+    "eval_metrics": dict,
+    "supported_apps": dict,
+    "references": list,
+}
+"""Of the entries that are no text, in the zoo's schema."""
+
 REQUIRED_OF_TENSOR = ("type", "format", "num_channels", "spatial_shape", "dtype", "value_range", "channel_def")
 
 HIGHEST_VERSION_PART = 9
@@ -100,11 +110,16 @@ def find_metadata_problems(metadata: Mapping[str, Any], config: Mapping[str, Any
     if missing := [entry for entry in REQUIRED if entry not in metadata]:
         yield f"metadata.json lacks {', '.join(missing)}"
         return
-    version = str(metadata["version"])
+    wrong = [entry for entry in REQUIRED if not isinstance(metadata[entry], TYPES.get(entry, str))]
+    if wrong:
+        yield f"metadata.json has {', '.join(wrong)} of another type than the zoo's schema"
+        return
+    version = metadata["version"]
     if version not in metadata["changelog"]:
         yield f"metadata.json is of version {version}, which its changelog does not tell about"
-    if not all(part.isdecimal() and int(part) <= HIGHEST_VERSION_PART for part in version.split(".")):
-        yield f"version is {version}; expected numbers from 0 to {HIGHEST_VERSION_PART}, as 1.2.3"
+    parts = version.split(".")
+    if len(parts) != 3 or any(part not in map(str, range(HIGHEST_VERSION_PART + 1)) for part in parts):
+        yield f"version is {version}; expected three numbers from 0 to {HIGHEST_VERSION_PART}, as 1.2.3"
     yield from _find_tensor_problems(metadata["network_data_format"], config)
 
 
@@ -119,6 +134,8 @@ def _find_tensor_problems(data_format: Mapping[str, Any], config: Mapping[str, A
             tensor = data_format[side][name]
             if missing := [entry for entry in REQUIRED_OF_TENSOR if entry not in tensor]:
                 yield f"{side} {name} lacks {', '.join(missing)}"
+            if not isinstance(tensor.get("value_range", []), list):
+                yield f"value_range of {side} {name} is {tensor['value_range']!r}, expected a list"
             for entry in expected:
                 if entry in tensor and tensor[entry] != expected[entry]:
                     yield f"{entry} of {side} {name} is {tensor[entry]}, the configs say {expected[entry]}"

@@ -30,6 +30,12 @@ app = typer.Typer(
 )
 
 
+class Region(str, Enum):
+    """What of a patient a synthetic CT shows."""
+
+    abdomen = "abdomen"
+
+
 class Bundle(str, Enum):
     """The bundles of this project."""
 
@@ -69,12 +75,24 @@ def phantom(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     matrix: Annotated[int, typer.Option(min=64, help="Rows and columns of a slice.")] = 256,
     slice_thickness: Annotated[float, typer.Option(min=0.5, help="Distance between slices in mm.")] = 5.0,
+    region: Annotated[Region, typer.Option(help="Part of the body.")] = Region.abdomen,
     workers: Workers = None,
 ) -> None:
-    """Make synthetic abdominal trauma CTs: DICOM, organ masks and label tables."""
+    """Make synthetic trauma CTs: DICOM, organ masks and label tables."""
+    from trauma_monai.console import progress_bar
     from trauma_monai.phantom import write_phantoms
 
-    write_phantoms(out, studies, seed, matrix=matrix, slice_thickness_mm=slice_thickness, workers=workers)
+    with progress_bar() as bar:
+        task = bar.add_task("patients", total=studies)
+        write_phantoms(
+            out,
+            studies,
+            seed,
+            matrix=matrix,
+            slice_thickness_mm=slice_thickness,
+            workers=workers,
+            progress=lambda made, _: bar.update(task, completed=made),
+        )
 
 
 @app.command()
@@ -129,9 +147,12 @@ def predict(
     ] = False,
 ) -> None:
     """Predict injuries of every study in INPUT and write a report for each."""
+    if trauma_weights is None and ensemble is None:
+        raise typer.BadParameter("expected --trauma-weights or --ensemble.")
+    from trauma_monai.console import say
     from trauma_monai.pipeline import predict as predict_studies
 
-    predict_studies(
+    done = predict_studies(
         source,
         out,
         organ_weights,
@@ -144,6 +165,8 @@ def predict(
         dicom=dicom,
         fast=fast,
     )
+    left_out = f"; {len(done.left_out)} left out, see rejected.csv" if done.left_out else ""
+    say(f"{len(done.reports)} reports ({done.kept} from an earlier run) in {out / 'index.html'}{left_out}")
 
 
 @app.command()

@@ -64,6 +64,9 @@ MAY_BE_EMPTY = (
 )
 """Attributes of type 2: present in every object (PS3.5, 7.4.3), though anonymised files often lack them."""
 
+FREE_TEXT = ("PatientComments", "AdditionalPatientHistory", "OtherPatientNames", "OtherPatientIDs")
+"""Attributes that may tell more of a patient than a result has to."""
+
 MAKER = "trauma_monai"
 
 SERIES_NUMBERS = {"SEG": 9001, "SR": 9002}
@@ -264,6 +267,9 @@ def read_sources(instances: Sequence[tuple[str, int, Path]]) -> list[Dataset]:
         for keyword in MAY_BE_EMPTY:
             if keyword not in image:
                 setattr(image, keyword, None)
+        for keyword in FREE_TEXT:
+            if keyword in image:
+                delattr(image, keyword)
         images.append(image)
     if len({image.SOPInstanceUID for image in images}) < len(images):
         raise DicomError("several images of the series share a SOPInstanceUID: it is not clear which one is meant.")

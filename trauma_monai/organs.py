@@ -26,15 +26,17 @@ from monai.data import MetaTensor
 from monai.handlers import MeanDice, from_engine
 from monai.losses import DiceCELoss
 from monai.transforms import Compose, EnsureChannelFirstd, InvertibleTransform, LoadImaged, MapTransform, SaveImaged
-from monai.utils import ImageMetaKey, TraceKeys, convert_to_tensor, ensure_tuple_rep
+from monai.utils import ImageMetaKey, MetaKeys, TraceKeys, convert_to_tensor, ensure_tuple_rep
 from torch import nn
 from torch.nn import functional
 
 from trauma_monai.bundle_files import config_files
 from trauma_monai.networks import load_weights
+from trauma_monai.organ_masks import check_codes, check_same_grid
 from trauma_monai.targets import CODES_OF_ORGAN, ORGAN_CODES
 
 __all__ = [
+    "CheckMaskd",
     "NameBySeriesd",
     "OrganDice",
     "OrganDiceCELoss",
@@ -50,6 +52,39 @@ SLICES_AT_ONCE = 32
 
 MEASURED_SIZE = 128
 """Organ areas are measured on about this many pixels a side, as in the reference: a ratio needs no more."""
+
+
+class CheckMaskd(MapTransform):
+    """Refuse organ masks that are not of their image: a network would learn them all the same.
+
+    Args:
+        keys: masks as the reader gives them, shape (1, X, Y, Z), organ codes.
+        image_key: the image; what the reader said of it is compared, whatever was done to it since.
+        allow_missing_keys: skip a key that the sample lacks instead of failing.
+
+    Raises:
+        ValueError: when a mask has other voxels than the image, or holds other values than organ codes.
+    """
+
+    def __init__(
+        self, keys: KeysCollection = "label", image_key: str = "image", allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        grids = (MetaKeys.SPATIAL_SHAPE, MetaKeys.ORIGINAL_AFFINE)
+        sample = dict(data)
+        image = [np.asarray(sample[self.image_key].meta[key]) for key in grids]
+        for key in self.key_iterator(sample):
+            mask = [np.asarray(sample[key].meta[name]) for name in grids]
+            try:
+                check_same_grid(mask[0].tolist(), mask[1], image[0].tolist(), image[1])
+                check_codes(_plain(sample[key]).numpy())
+            except ValueError as error:
+                name = Path(str(sample[key].meta.get(ImageMetaKey.FILENAME_OR_OBJ, "its file"))).name
+                raise ValueError(f"the mask {name} does not fit its image: {error}.") from error
+        return sample
 
 
 class ResizeSlicesd(MapTransform, InvertibleTransform):

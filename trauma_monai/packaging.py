@@ -24,7 +24,7 @@ from torch import nn
 
 from trauma_monai.bundle_files import ORGAN_BUNDLE, config_files, find_bundle
 from trauma_monai.bundle_metadata import complete_metadata, find_metadata_problems, requirements
-from trauma_monai.files import complete_or_absent, sha256_of
+from trauma_monai.files import complete_or_absent, sha256_of, write_json, write_text
 from trauma_monai.networks import load_weights
 from trauma_monai.vendoring import find_itself, vendor
 from trauma_monai.zoo_checks import LARGE_FILE, LARGE_FILES, OVERLAYS, WORKFLOWS, check_package
@@ -37,6 +37,11 @@ WEIGHTS = "models/model.pt"
 CHECKOUT_ONLY = re.compile(r"<!-- checkout -->\n.*?<!-- /checkout -->\n\n?", re.DOTALL)
 PACKAGE_ONLY = re.compile(r"<!-- package\n(.*?)\n/package -->", re.DOTALL)
 YAML_CONFIG = re.compile(r"\bconfigs/(\w+)\.yaml\b")
+
+VARIANT_NOTE = (
+    "**This package holds the variant `{variant}`.** Its shapes, channels and settings are those of configs/; where "
+    "this page names the network, sizes and rates, it speaks of the base that the variant changes."
+)
 
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 """The earliest time that a zip can hold: that of packaging would differ each time."""
@@ -117,6 +122,7 @@ def _write(
     organ_variant: str | None,
 ) -> list[str]:
     configs = {name: _merge(root, name, variant) for name in (*WORKFLOWS, *OVERLAYS)}
+    _refuse_unknown_names(root, variant, {name for workflow in WORKFLOWS for name in configs[workflow]})
     metadata = _read_metadata(root, configs["inference"], variant)
     remarks = []
 
@@ -134,12 +140,12 @@ def _write(
 
     for file in (root / "LICENSE", *sorted(root.glob("docs/*")), root / "configs/logging.conf"):
         _write_bytes(out / file.relative_to(root), file.read_bytes())
-    _write_text(out / "docs/README.md", _adapt_page((root / "docs/README.md").read_text(encoding="utf-8")))
-    _write_json(out / "configs/metadata.json", metadata)
+    write_text(out / "docs/README.md", _adapt_page((root / "docs/README.md").read_text(encoding="utf-8"), variant))
+    write_json(out / "configs/metadata.json", metadata)
     for name, config in configs.items():
-        _write_json(out / f"configs/{name}.json", find_itself(config))
+        write_json(out / f"configs/{name}.json", find_itself(config))
     vendor([*configs.values(), *_organ_configs(out)], out)
-    _write_text(out / "requirements.txt", "".join(f"{line}\n" for line in requirements(metadata)))
+    write_text(out / "requirements.txt", "".join(f"{line}\n" for line in requirements(metadata)))
 
     if weights is not None or (root / WEIGHTS).is_file():
         _write_weights(configs["inference"], Path(weights or root / WEIGHTS), out / WEIGHTS)
@@ -159,6 +165,13 @@ def _merge(root: Path, name: str, variant: str | None) -> dict[str, Any]:
     return config
 
 
+def _refuse_unknown_names(root: Path, variant: str | None, known: set[str]) -> None:
+    """A name of a variant that no workflow has is misspelt, and would be lost without a word."""
+    overlay = {} if variant is None else ConfigParser.load_config_file(config_files(root, variant)[-1])
+    if unknown := sorted(set(overlay) - known):
+        raise ValueError(f"variant {variant} sets {', '.join(unknown)}, which neither train nor inference has.")
+
+
 def _read_metadata(root: Path, config: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
     """Read the bundle's metadata, which must be true of the bundle as it stands, and make them true of the variant."""
     metadata = ConfigParser.load_config_file(root / "configs/metadata.json")
@@ -174,8 +187,8 @@ def _write_weights(config: Mapping[str, Any], weights: Path, out: Path) -> None:
     """Check weights strictly against the network, and save them in its order: same values, same bytes."""
     network: nn.Module = ConfigParser(json.loads(json.dumps(config))).get_parsed_content("network_def")
     state = load_weights(network, weights).state_dict()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({name: tensor.contiguous().clone() for name, tensor in state.items()}, out)
+    with complete_or_absent(out, "wb") as file:  # into a file: the name of a path would be in the archive
+        torch.save({name: tensor.contiguous().clone() for name, tensor in state.items()}, file)
 
 
 def _write_torchscript(out: Path) -> None:
@@ -210,7 +223,7 @@ def _write_organ_bundle(
     if organ_variant is None and (root / f"configs/variants/{variant}.yaml").is_file():
         organ_variant = variant
     config = _merge(root, "inference", organ_variant)
-    _write_json(out / "configs/inference.json", config)
+    write_json(out / "configs/inference.json", config)
     _write_weights(config, weights, out / WEIGHTS)
 
 
@@ -228,15 +241,18 @@ def _write_large_files(out: Path) -> None:
     ]
     if entries:
         note = "# url: where you have put the file; `python -m monai.bundle download_large_files` gets it from there.\n"
-        _write_text(out / LARGE_FILES, note + yaml.safe_dump({"large_files": entries}, sort_keys=False))
+        write_text(out / LARGE_FILES, note + yaml.safe_dump({"large_files": entries}, sort_keys=False))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _adapt_page(text: str) -> str:
+def _adapt_page(text: str, variant: str | None) -> str:
     """Turn a bundle's page into that of its package."""
     text = PACKAGE_ONLY.sub(r"\1", CHECKOUT_ONLY.sub("", text))
+    if variant is not None:
+        title, rest = text.split("\n", 1)
+        text = f"{title}\n\n{VARIANT_NOTE.format(variant=variant)}\n{rest}"
     return YAML_CONFIG.sub(r"configs/\1.json", text)
 
 
@@ -248,7 +264,7 @@ def _zip(folder: Path, top: str, out: Path) -> Path:
         if file.is_file()
     }
     _write_zip(out, files, zipfile.ZIP_DEFLATED)
-    _write_text(out.with_name(f"{out.name}.sha256"), f"{sha256_of(out)}  {out.name}\n")
+    write_text(out.with_name(f"{out.name}.sha256"), f"{sha256_of(out)}  {out.name}\n")
     return out
 
 
@@ -259,14 +275,6 @@ def _write_zip(out: Path, files: Mapping[str, bytes], compression: int) -> None:
             info.external_attr = 0o644 << 16
             info.compress_type = compression
             archive.writestr(info, content)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    _write_bytes(path, text.encode())
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

@@ -22,7 +22,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from trauma_monai import gdcm_process
+from trauma_monai.gdcm_process import decode as decode_by_gdcm
 
 __all__ = ["AIR_HU", "DicomError", "read_hu"]
 
@@ -135,7 +135,7 @@ def _decode(header: Dataset) -> np.ndarray:
 def _decoded(header: Dataset) -> np.ndarray:
     syntax = header.file_meta.TransferSyntaxUID
     if syntax in _BY_GDCM:
-        return gdcm_process.decode(header)
+        return decode_by_gdcm(header)
     if syntax in _PLUGINS:
         header.pixel_array_options(decoding_plugin=_PLUGINS[syntax])
     return header.pixel_array

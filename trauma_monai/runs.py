@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -47,11 +48,15 @@ def series_items(dataset_dir: str | Path) -> list[dict[str, Any]]:
     if not studies:
         reasons = sorted({item.reason for item in left_out})
         raise ValueError(f"no CT series in {path}: {'; '.join(reasons) or 'it holds no DICOM and no NIfTI files'}.")
+    for reason, count in Counter(item.reason for item in left_out).items():
+        logging.getLogger(__name__).warning(f"left out: {count} x {reason}")
     named = Counter(series_id for study in studies for series_id in study.series)
+    studies_of = Counter(study.patient_id for study in studies)
     return [
         {
             "image": str(source) if isinstance(source, Path) else [str(file) for file in source.files],
-            "patient_id": study.patient_id,
+            # Results are kept by patient: two studies of one are two.
+            "patient_id": study.patient_id if studies_of[study.patient_id] == 1 else study.folder,
             # What is written is named after the series: copies of one for two patients must not meet.
             "series_id": series_id if named[series_id] == 1 else f"{study.folder}_{series_id}",
         }

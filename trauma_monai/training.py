@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.optim.lr_scheduler import LRScheduler
 
-from trauma_monai.files import complete_or_absent
+from trauma_monai.files import PART, complete_or_absent
 from trauma_monai.networks import SliceSequenceNet, create_encoder
 
 __all__ = [
@@ -167,6 +167,8 @@ class TrainingState:
         if self.resume:
             engine.add_event_handler(Events.STARTED, self._load, engine, objects)
         if self.save:
+            for leftover in self.path.parent.glob(f"{self.path.name}.*{PART}"):
+                leftover.unlink()  # of a training that was killed while it saved
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._save, objects)
 
     def _load(self, engine: Engine, objects: Mapping[str, Any]) -> None:
@@ -234,7 +236,7 @@ class StopEarly:
 
     Args:
         evaluator: validates this training.
-        patience: epochs without a better validation.
+        patience: epochs without a better validation; those after the last validation do not count yet.
     """
 
     def __init__(self, evaluator: Evaluator, patience: int) -> None:
@@ -250,7 +252,7 @@ class StopEarly:
     def __call__(self, engine: Engine) -> None:
         """Terminate the trainer when patience has run out."""
         best = self.evaluator.state.best_metric_epoch
-        if best > 0 and engine.state.epoch - best >= self.patience:
+        if best > 0 and self.evaluator.state.epoch - best >= self.patience:
             logging.getLogger(__name__).info(f"Stopped: no better validation than in epoch {best}.")
             engine.terminate()
 

@@ -51,6 +51,12 @@ OWN_IDS = {
 }
 EVERYWHERE = ("initialize", "run")
 
+OWN_OF_EACH_WORKFLOW = {
+    *("output_dir", "dataset_dir", "imports", "initialize", "run", "network", "num_workers", "amp"),
+    "displayable_configs",
+}
+"""Names that train and inference may both have with different values. All others are the system, which is one."""
+
 TOLERANCE = 1e-4
 """Of logits, absolute and relative: TorchScript may take sums in another order."""
 
@@ -67,6 +73,7 @@ def check_package(folder: str | Path) -> None:
     checks: tuple[Callable[[_Package], Iterator[str]], ...] = (
         _find_layout_problems,
         _find_config_problems,
+        _find_differences,
         lambda package: find_metadata_problems(package.metadata, package.configs["inference"]),
         _find_module_problems,
         _find_network_problems,
@@ -134,6 +141,16 @@ def _find_config_problems(package: _Package) -> Iterator[str]:
             yield f"{name}.json lacks {', '.join(missing)}"
         if dangling := sorted(item for item in _references(parser.get()) if item not in parser):
             yield f"{name}.json refers to {', '.join(dangling)}, which it does not have"
+
+
+def _find_differences(package: _Package) -> Iterator[str]:
+    """What is trained must be what is applied, and evaluating must not train."""
+    train, inference = package.configs["train"], package.configs["inference"]
+    for name in sorted(train.keys() & inference.keys() - OWN_OF_EACH_WORKFLOW):
+        if train[name] != inference[name]:
+            yield f"{name} is {train[name]} in train.json and {inference[name]} in inference.json"
+    if package.configs["evaluate"].get("run") == train["run"] or "run" not in package.configs["evaluate"]:
+        yield "evaluate.json has no run of its own: it would train"
 
 
 def _required_ids(name: str) -> list[str]:

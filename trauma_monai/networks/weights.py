@@ -84,7 +84,9 @@ def check_weights(weights: Mapping[str, torch.Tensor], network: nn.Module, sourc
     }
     found = [f"{problem}: {describe(names)}." for problem, names in problems.items() if names]
     if found:
-        raise ValueError(f"{source} does not fit {type(network).__name__}. {' '.join(found)}")
+        raise ValueError(
+            f"{source} does not fit {type(network).__name__}. {' '.join(found)} Weights of a variant need its name."
+        )
 
 
 def describe(names: list[str], shown: int = 5) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from monai.bundle import ConfigParser
 
 from trauma_monai.bundle_files import ORGAN_BUNDLE, config_files, find_bundle
-from trauma_monai.files import name_with_checksum
+from trauma_monai.files import name_with_checksum, write_json
 from trauma_monai.targets import ORGAN_CODES, TARGETS
 
 __all__ = ["DeployModel", "read_model"]
@@ -43,9 +43,7 @@ class DeployModel(NamedTuple):
     def write(self, folder: Path) -> Path:
         """Write the bundle folder that the SDK runs, and return it."""
         for name, content in (("inference", self.config), ("metadata", self.metadata)):
-            path = folder / "configs" / f"{name}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            write_json(folder / "configs" / f"{name}.json", content)
         (folder / "models").mkdir()
         (folder / "models" / f"model{self.weights.suffix}").symlink_to(self.weights.resolve())
         return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from monai.deploy.operators.monai_bundle_inference_operator import IOMapping, Mo
 from trauma_monai.apps.deploy.operators import SeriesMessage
 from trauma_monai.classifier import TraumaFlow
 from trauma_monai.dicom_objects import Algorithm, KeyImage, injury_report, read_sources
+from trauma_monai.files import write_json
 from trauma_monai.organs import SegmentOrgansd
 from trauma_monai.pooling import ModelOutput, SubmissionColumns, assessed_groups, pool_study
 from trauma_monai.results import (
@@ -176,7 +176,7 @@ class ReportWriter(Operator):
         record = study_record(result)
         record["series"] = list(self._outputs)
         kept = ("patient_id", "study", "series", "probabilities", "any_injury", "not_assessed", "network_outputs")
-        text = json.dumps({name: record[name] for name in (*kept, "warnings", "model", "version")}, indent=1)
-        (self.folder / "probabilities.json").write_text(text + "\n", encoding="utf-8")
+        content = {name: record[name] for name in (*kept, "warnings", "model", "version")}
+        write_json(self.folder / "probabilities.json", content)
         report = injury_report(record, self._key_images, self._sources, self.algorithm, record["warnings"])
         report.save_as(self.folder / "report.dcm")
