@@ -9,21 +9,21 @@ and MONAI's convention).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from io import BytesIO
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
-from pydicom.tag import BaseTag, Tag
-from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage, ImplicitVRLittleEndian
+from pydicom.tag import Tag
+from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage
 
+from trauma_monai.headers import SliceHeaders, read_header
 from trauma_monai.pixels import DicomError, read_hu
 
 __all__ = ["CTVolume", "DicomError", "Rejected", "SeriesFiles", "discover_series", "read_series"]
@@ -55,9 +55,6 @@ SAME_ORIENTATION = 1e-3
 _DIRECTORY_FILE = "DICOMDIR"
 _DAMAGED = "damaged DICOM file"
 _NOT_DICOM = "not a DICOM file"
-_FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
-"""First bytes of a data set that was written without preamble, with and without its file meta information."""
-
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
@@ -138,7 +135,7 @@ def discover_series(folder: str | Path) -> tuple[list[SeriesFiles], list[Rejecte
     members: dict[tuple[str, str, str, str], list[Path]] = {}
     rejected: list[Rejected] = []
     for path in _files_in(folder):
-        header, reason = _read_header(path, _SERIES_TAGS, stop_before_pixels=True)
+        header, reason = _read_series_header(path)
         if header is None:
             rejected.append(Rejected(path, reason))
         else:
@@ -223,17 +220,20 @@ def _series_key(path: Path, header: Dataset) -> tuple[str, str, str, str]:
     return _text(header, "PatientID"), _text(header, "StudyInstanceUID"), uid, "" if uid else str(path.parent)
 
 
-def _read_header(path: Path, tags: Sequence[BaseTag], stop_before_pixels: bool) -> tuple[Dataset | None, str]:
-    """Read one file; None and the reason when it holds no CT slice."""
+def _read_series_header(path: Path) -> tuple[Dataset | None, str]:
+    """Read what sorts a file into a series; None and the reason when it holds no CT slice."""
+
+    def read() -> Dataset:
+        with path.open("rb") as file:
+            return read_header(file, _SERIES_TAGS, stop_before_pixels=True)
+
+    return _ct_slice(read)
+
+
+def _ct_slice(read: Callable[[], Dataset]) -> tuple[Dataset | None, str]:
+    """Read a header; None and the reason when it is not that of a CT slice."""
     try:
-        # pydicom asks for its place in the file at every element, which a buffer in memory answers at no cost.
-        file = path.open("rb") if stop_before_pixels else BytesIO(path.read_bytes())
-        with file:
-            bare = file.read(2) in _FIRST_GROUPS
-            file.seek(0)
-            header = pydicom.dcmread(file, None, stop_before_pixels, force=bare, specific_tags=list(tags))
-        if bare and "TransferSyntaxUID" not in header.file_meta:
-            header.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian  # what a file without meta information has
+        header = read()
         for tag in _SERIES_TAGS:
             header.get(tag)  # pydicom converts a value when it is asked for, and fails then
         reason = _no_ct_slice(header)
@@ -241,12 +241,7 @@ def _read_header(path: Path, tags: Sequence[BaseTag], stop_before_pixels: bool) 
         return None, _NOT_DICOM
     except Exception as error:  # zlib.error, NotImplementedError, ...: damage of any kind
         return None, f"{_DAMAGED} ({type(error).__name__})"
-    if reason:
-        return None, reason
-    if not stop_before_pixels and "PixelData" not in header:
-        # Of compressed pixels that are cut off, pydicom returns nothing, not even the elements before them.
-        return None, f"{_DAMAGED} (no pixels, or cut off within them)"
-    return header, ""
+    return (None, reason) if reason else (header, "")
 
 
 def _read_slices(series: SeriesFiles | str | Path | Sequence[str | Path]) -> list[tuple[Path, Dataset]]:
@@ -257,10 +252,14 @@ def _read_slices(series: SeriesFiles | str | Path | Sequence[str | Path]) -> lis
     """
     in_folder = isinstance(series, (str, Path))
     paths = _files_in(Path(series)) if isinstance(series, (str, Path)) else _named_files(series)
+    headers = SliceHeaders(_SLICE_TAGS)
     slices: list[tuple[Path, Dataset]] = []
     passed_over: list[str] = []
     for path in paths:
-        header, reason = _read_header(path, _SLICE_TAGS, stop_before_pixels=False)
+        header, reason = _ct_slice(partial(headers.read, path))
+        if header is not None and "PixelData" not in header:
+            # Of compressed pixels that are cut off, pydicom returns nothing, not even the elements before them.
+            header, reason = None, f"{_DAMAGED} (no pixels, or cut off within them)"
         if header is None:
             broken = reason.startswith(_DAMAGED) or (reason == _NOT_DICOM and path.suffix.lower() == ".dcm")
             if broken or not in_folder:
