@@ -24,8 +24,16 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 from conftest import BUNDLES, PROJECT
+from test_dicom import write_series
+from trauma_monai.dicom import read_series
 from trauma_monai.targets import ORGAN_CODES, TARGETS
 
 ORGANS, TRAUMA = "organ_ct_segmentation", "trauma_ct_classification"
@@ -257,6 +265,24 @@ def test_a_folder_of_dicom_gives_the_masks_of_its_volume(server: Server, rsna_di
     series = rsna_dir / "train_images" / image_id.replace("_", "/")
     served = label_map(server, tmp_path, str(series), result_extension=".nii.gz")
     np.testing.assert_array_equal(values(served), values(label_map(server, tmp_path, image_id)))
+
+
+def test_its_older_pydicom_reads_every_transfer_syntax_exactly(python: str, tmp_path: Path) -> None:
+    hu = np.random.default_rng(0).integers(-1000, 1000, size=(3, 64, 64))
+    syntaxes = (ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless, JPEGLSLossless)
+    for syntax in syntaxes:
+        (tmp_path / syntax.keyword).mkdir()
+        write_series(tmp_path / syntax.keyword, hu, syntax=syntax)
+    program = (
+        "import sys, pydicom, numpy; from trauma_monai.dicom import read_series; print(pydicom.__version__);"
+        "[numpy.save(f'{folder}.npy', read_series(folder).array) for folder in sys.argv[1:]]"
+    )
+    folders = [tmp_path / syntax.keyword for syntax in syntaxes]
+    done = subprocess.run([python, "-c", program, *folders], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2."), "MONAI Label has pydicom 3 now: what is written for 2 can go"
+    for folder in folders:
+        np.testing.assert_array_equal(np.load(folder.with_suffix(".npy")), read_series(folder).array)
 
 
 def test_the_scores_are_those_of_monai_bundle(server: Server, python: str, tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID
 
-__all__ = ["decode"]
+__all__ = ["PYDICOM_2", "decode"]
+
+PYDICOM_2 = not hasattr(Dataset, "pixel_array_options")
 
 _ATTRIBUTES = (
     *("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel"),
@@ -109,7 +111,11 @@ def _answer(syntax: str, request: dict[str, Any]) -> np.ndarray | str:
     for name, value in request.items():
         setattr(header, name, value)
     try:
-        header.pixel_array_options(decoding_plugin="gdcm")
+        if PYDICOM_2:
+            header.is_little_endian, header.is_implicit_VR = True, False
+            header.convert_pixel_data("gdcm")
+        else:
+            header.pixel_array_options(decoding_plugin="gdcm")
         return header.pixel_array
     except Exception as error:  # whatever it is, the reader is told
         return f"{type(error).__name__}: {error}"

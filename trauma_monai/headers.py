@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pydicom
 from pydicom import config
@@ -71,9 +71,10 @@ class SliceHeaders:
         return header
 
     def _share_values(self, header: Dataset) -> None:
+        elements = dict(header.items())  # as written: asking for one by its tag would turn it to Python
         written: dict[BaseTag, RawDataElement] = {}
         for tag in self._values:
-            element: Any = header.get_item(tag)
+            element = elements.get(tag)
             if isinstance(element, RawDataElement):
                 written[tag] = element
         if self._first is None:
@@ -89,7 +90,7 @@ def _view_pixels(header: Dataset, content: bytes) -> bool:
     """Let pixels that were passed over point to the file's bytes; say whether they could."""
     if PIXEL_DATA not in header:
         return True
-    pixels = header.get_item(PIXEL_DATA, keep_deferred=True)
+    pixels = dict(header.items())[PIXEL_DATA]  # asking for it by its tag would read it
     if not isinstance(pixels, RawDataElement) or pixels.value is not None:
         return True  # too short to be passed over
     plain = header.file_meta.TransferSyntaxUID in (ImplicitVRLittleEndian, ExplicitVRLittleEndian)

@@ -2,7 +2,8 @@
 
 Decoders: pydicom's own for uncompressed and deflated files; plugins of permissive licence for RLE, JPEG 2000
 (OpenJPEG), JPEG-LS (CharLS) and JPEG lossless (GDCM, in a process of its own). Each syntax has its one decoder: what
-that refuses is not handed to the next, which may crash over it.
+that refuses is not handed to the next, which may crash over it. Under pydicom 2 (MONAI Label), which cannot use these
+plugins, that is pydicom's own for RLE and GDCM for the others.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from trauma_monai.gdcm_process import PYDICOM_2
 from trauma_monai.gdcm_process import decode as decode_by_gdcm
 
 __all__ = ["AIR_HU", "DicomError", "read_hu"]
@@ -134,9 +136,11 @@ def _decode(header: Dataset) -> np.ndarray:
 
 def _decoded(header: Dataset) -> np.ndarray:
     syntax = header.file_meta.TransferSyntaxUID
-    if syntax in _BY_GDCM:
+    if syntax in _BY_GDCM or (PYDICOM_2 and syntax in _PLUGINS and syntax != RLELossless):
         return decode_by_gdcm(header)
-    if syntax in _PLUGINS:
+    if PYDICOM_2 and syntax == RLELossless:
+        header.convert_pixel_data("rle")
+    elif syntax in _PLUGINS:
         header.pixel_array_options(decoding_plugin=_PLUGINS[syntax])
     return header.pixel_array
 

@@ -73,7 +73,6 @@ def take_turns(
     sides: Mapping[str, Callable[[], Any]],
     settings: Settings,
     per: float = 1.0,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Time each side in turn, as often as the settings say, after a first time that does not count.
 
@@ -81,7 +80,6 @@ def take_turns(
         sides: name -> what to do.
         settings: rounds, and the device that is waited for.
         per: divides the seconds, for a figure per slice in ms (n / 1000), say.
-        clock: in seconds; of the wall by default.
 
     Returns:
         Name -> the best time.
@@ -89,12 +87,12 @@ def take_turns(
     best = dict.fromkeys(sides, float("inf"))
     for turn in range(settings.rounds + 1):
         for name, side in sides.items():
-            start = clock()
+            start = time.perf_counter()
             side()
             if settings.device.type == "cuda":
                 torch.cuda.synchronize(settings.device)
             if turn:
-                best[name] = min(best[name], (clock() - start) / per)
+                best[name] = min(best[name], (time.perf_counter() - start) / per)
     return best
 
 
