@@ -25,6 +25,7 @@ from pydicom.uid import (
 )
 
 from conftest import SHARED_DATA
+from trauma_monai import dicom
 from trauma_monai.dicom import DicomError, discover_series, read_series
 
 needs_shared_data = pytest.mark.skipif(
@@ -288,6 +289,17 @@ def test_noise_is_refused(tmp_path: Path) -> None:
         read_series(tmp_path)
 
 
+def test_a_private_transfer_syntax_is_named(tmp_path: Path) -> None:
+    for path in write_series(tmp_path):
+        header = pydicom.dcmread(path)
+        header.file_meta.TransferSyntaxUID = "1.2.840.113619.5.2"
+        header.save_as(path, implicit_vr=False, little_endian=True)
+    with pytest.raises(
+        DicomError, match=r"transfer syntax 1\.2\.840\.113619\.5\.2; expected one of the DICOM standard"
+    ):
+        read_series(tmp_path)
+
+
 def test_damaged_rle_is_refused(tmp_path: Path) -> None:
     hu = np.random.default_rng(0).integers(-1000, 1000, size=(3, 32, 32))
     for path in write_series(tmp_path, hu, syntax=RLELossless):
@@ -388,6 +400,21 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = write_series(tmp_path)[1]
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DicomError, match=r"001.dcm"):
+        read_series(tmp_path)
+
+
+def test_a_file_that_vanishes_while_its_series_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_series(tmp_path, np.zeros((5, 64, 64)))
+
+    def order_and_lose_one(headers: list) -> list:
+        paths[2].unlink()
+        return in_order(headers)
+
+    in_order = dicom._sorted_by_position
+    monkeypatch.setattr(dicom, "_sorted_by_position", order_and_lose_one)
+    with pytest.raises(DicomError, match=r"002\.dcm: the file can no longer be read"):
         read_series(tmp_path)
 
 

@@ -14,8 +14,8 @@ from test_dicom import edit, write_series
 from trauma_monai.headers import PIXEL_DATA, SliceHeaders
 
 TAGS = [
-    Tag(name)
-    for name in ("PatientID", "InstanceNumber", "ImagePositionPatient", "PixelSpacing", "KVP", "BitsAllocated", "Rows")
+    *(Tag(name) for name in ("SOPClassUID", "SOPInstanceUID", "PatientID", "InstanceNumber", "ImagePositionPatient")),
+    *(Tag(name) for name in ("PixelSpacing", "KVP", "BitsAllocated", "Rows")),
 ]
 
 
@@ -50,12 +50,23 @@ def test_every_slice_has_the_values_and_pixels_of_its_own_file(paths: list[Path]
         assert bytes(found.PixelData) == expected.PixelData
 
 
-def test_pixels_are_not_copied_and_equal_values_not_converted_again(paths: list[Path]) -> None:
+def test_pixels_stay_in_the_file_and_equal_values_are_not_converted_again(paths: list[Path]) -> None:
     headers = SliceHeaders([*TAGS, PIXEL_DATA])
     first, second = headers.read(paths[0]), headers.read(paths[1])
-    assert isinstance(second.PixelData, memoryview)
+    assert [dict(header.items())[PIXEL_DATA].value for header in (first, second)] == [None, None]
     assert second["PixelSpacing"] is first["PixelSpacing"]
     assert second["InstanceNumber"].value != first["InstanceNumber"].value
+
+
+def test_identifiers_that_only_the_file_meta_information_holds_are_those_of_the_slice(paths: list[Path]) -> None:
+    for path in paths[1:]:
+        header = pydicom.dcmread(path)
+        del header.SOPInstanceUID
+        header.save_as(path)
+    headers = SliceHeaders([*TAGS, PIXEL_DATA])
+    for path in paths:
+        meta = pydicom.dcmread(path).file_meta
+        assert headers.read(path).file_meta.MediaStorageSOPInstanceUID == meta.MediaStorageSOPInstanceUID
 
 
 def test_slices_of_different_syntaxes_are_read_each_in_its_own(paths: list[Path]) -> None:

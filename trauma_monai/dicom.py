@@ -245,7 +245,7 @@ def _ct_slice(read: Callable[[], Dataset]) -> tuple[Dataset | None, str]:
 
 
 def _read_slices(series: SeriesFiles | str | Path | Sequence[str | Path]) -> list[tuple[Path, Dataset]]:
-    """Read the slices of one series with their pixels, still encoded.
+    """Read the headers of one series, with pixels that are still encoded, or in their file still.
 
     In a folder, what is no CT slice is passed over; a file that was named is refused if it is none. A damaged file, or
     one that is called .dcm and is no DICOM, is refused in either case: it may be a slice.
@@ -255,6 +255,7 @@ def _read_slices(series: SeriesFiles | str | Path | Sequence[str | Path]) -> lis
     headers = SliceHeaders(_SLICE_TAGS)
     slices: list[tuple[Path, Dataset]] = []
     passed_over: list[str] = []
+    first_key: tuple[str, ...] = ()
     for path in paths:
         header, reason = _ct_slice(partial(headers.read, path))
         if header is not None and "PixelData" not in header:
@@ -266,10 +267,12 @@ def _read_slices(series: SeriesFiles | str | Path | Sequence[str | Path]) -> lis
                 raise DicomError(f"{path.name}: {reason}.")
             passed_over.append(reason)
             continue
-        if slices and _series_key(path, header) != _series_key(*slices[0]):
+        key = _series_key(path, header)
+        if slices and key != first_key:
             raise DicomError(f"{path.name} belongs to another series than {slices[0][0].name}; expected one series.")
         if missing := [tag for tag in _GEOMETRY if not header.get(tag)]:
             raise DicomError(f"{path.name}: no {', '.join(missing)}; the slice's place in space is unknown.")
+        first_key = first_key or key
         slices.append((path, header))
     if not slices:
         reasons = ", ".join(sorted(set(passed_over))) or "no files"
@@ -293,7 +296,9 @@ def _decode(headers: Sequence[tuple[Path, Dataset]]) -> tuple[np.ndarray, int]:
             inverted += read_hu(header, out)
         except DicomError as error:
             raise DicomError(f"{path.name}: {error}.") from error
-        del header.PixelData  # decoded; keeps the peak at one copy of the series
+        except OSError as error:  # pixels that are not compressed were in the file until now
+            raise DicomError(f"{path.name}: the file can no longer be read ({type(error).__name__}).") from error
+        del header.PixelData  # decoded: the series is never held twice
     return volume, inverted
 
 

@@ -8,6 +8,8 @@ plugins, that is pydicom's own for RLE and GDCM for the others.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.uid import (
@@ -119,6 +121,8 @@ def _decode(header: Dataset) -> np.ndarray:
     syntax = header.file_meta.TransferSyntaxUID
     if syntax in _RAW and header.BitsAllocated == 16:
         return _raw(header)
+    if syntax.is_private or not syntax.is_transfer_syntax:
+        raise DicomError(f"transfer syntax {syntax}; expected one of the DICOM standard, in which others can read it")
     if syntax.is_compressed and syntax not in _RAW:
         _check_complete(header)
     try:
@@ -184,7 +188,7 @@ def _rescale(header: Dataset) -> tuple[float, float]:
         raise DicomError("no RescaleSlope or RescaleIntercept; without them stored values are not HU")
     if header.get("RescaleType", "HU") not in ("HU", "", None):
         raise DicomError(f"RescaleType {header.RescaleType}; expected HU")
-    if not np.isfinite([float(slope), float(intercept)]).all():
+    if not (math.isfinite(slope) and math.isfinite(intercept)):
         raise DicomError(f"RescaleSlope {slope} and RescaleIntercept {intercept}; expected finite numbers")
     return float(slope), float(intercept)
 
