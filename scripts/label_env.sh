@@ -11,10 +11,10 @@ install_packages() {
     pip_install "$venv/constraints.txt" setuptools wheel
     # MONAI Label asks for sam2, which builds against torch: against this one, not another 7 GB of its own.
     SAM2_BUILD_CUDA=0 pip_install "$venv/constraints.txt" --no-build-isolation sam2
-    # What .venv has and cannot be used here: highdicom wants pydicom 3, the decoders beside GDCM want numpy 2. The former
-    # has no part in serving, the latter decode nothing that GDCM does not. So no warning of these, and no requirements.
+    # What .venv has and asks for newer packages: highdicom wants pydicom 3 and has no part in serving; the decoders want
+    # numpy 2 and work with 1.26. So no warning of these, and no requirements.
     pip_install "$venv/constraints.txt" --no-warn-conflicts "monailabel==0.8.5" "pydicom<3" "pynetdicom<3" \
-        "dicomweb-client[gcp]<0.60" "monai==1.6.1" python-gdcm
+        "dicomweb-client[gcp]<0.60" "monai==1.6.1"
     pip_install "$venv/constraints.txt" --no-deps --editable "$project"
 }
 

@@ -27,11 +27,13 @@ from monai.bundle import ConfigParser
 from pydicom.uid import (
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
 )
 
 from conftest import BUNDLES, PROJECT
+from test_decoders import write_jpeg_series
 from test_dicom import write_series
 from trauma_monai.dicom import read_series
 from trauma_monai.targets import ORGAN_CODES, TARGETS
@@ -273,11 +275,12 @@ def test_its_older_pydicom_reads_every_transfer_syntax_exactly(python: str, tmp_
     for syntax in syntaxes:
         (tmp_path / syntax.keyword).mkdir()
         write_series(tmp_path / syntax.keyword, hu, syntax=syntax)
+    write_jpeg_series(tmp_path / JPEGLosslessSV1.keyword)
     program = (
         "import sys, pydicom, numpy; from trauma_monai.dicom import read_series; print(pydicom.__version__);"
         "[numpy.save(f'{folder}.npy', read_series(folder).array) for folder in sys.argv[1:]]"
     )
-    folders = [tmp_path / syntax.keyword for syntax in syntaxes]
+    folders = [tmp_path / syntax.keyword for syntax in (*syntaxes, JPEGLosslessSV1)]
     done = subprocess.run([python, "-c", program, *folders], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2."), "MONAI Label has pydicom 3 now: what is written for 2 can go"

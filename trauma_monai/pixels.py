@@ -1,9 +1,6 @@
 """Stored pixels of one CT slice -> Hounsfield units, as the DICOM standard says and with no silent repair.
 
-Decoders: pydicom's own for uncompressed and deflated files; plugins of permissive licence for RLE, JPEG 2000
-(OpenJPEG), JPEG-LS (CharLS) and JPEG lossless (GDCM, in a process of its own). Each syntax has its one decoder: what
-that refuses is not handed to the next, which may crash over it. Under pydicom 2 (MONAI Label), which cannot use these
-plugins, that is pydicom's own for RLE and GDCM for the others.
+Uncompressed pixels are taken as they are; the others are decoded by :mod:`trauma_monai.decoders`.
 """
 
 from __future__ import annotations
@@ -12,21 +9,9 @@ import math
 
 import numpy as np
 from pydicom.dataset import Dataset
-from pydicom.uid import (
-    JPEG2000,
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    JPEGLSNearLossless,
-    RLELossless,
-)
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from trauma_monai.gdcm_process import PYDICOM_2
-from trauma_monai.gdcm_process import decode as decode_by_gdcm
+from trauma_monai.decoders import decode
 
 __all__ = ["AIR_HU", "DicomError", "read_hu"]
 
@@ -52,16 +37,6 @@ BACKGROUND_HU = -200
 """The border of a CT slice shows air or the table: its median lies below this in a picture that is not inverted."""
 
 _RAW = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian)
-_PLUGINS = {
-    RLELossless: "pylibjpeg",
-    JPEG2000Lossless: "pylibjpeg",
-    JPEG2000: "pylibjpeg",
-    JPEGLSLossless: "pyjpegls",
-    JPEGLSNearLossless: "pyjpegls",
-}
-"""pydicom's name of the decoder of a transfer syntax."""
-
-_BY_GDCM = (JPEGLossless, JPEGLosslessSV1)
 _END_OF_IMAGE = b"\xff\xd9"
 """Marker that ends a JPEG, JPEG-LS and JPEG 2000 stream."""
 
@@ -126,7 +101,7 @@ def _decode(header: Dataset) -> np.ndarray:
     if syntax.is_compressed and syntax not in _RAW:
         _check_complete(header)
     try:
-        pixels = _decoded(header)
+        pixels = decode(header)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
@@ -136,17 +111,6 @@ def _decode(header: Dataset) -> np.ndarray:
         raise DicomError(f"pixels ({syntax.name}) cannot be decoded: {reason or type(error).__name__}") from error
     wanted = np.int16 if header.PixelRepresentation == 1 else np.uint16
     return np.ascontiguousarray(pixels).astype(wanted, copy=False)
-
-
-def _decoded(header: Dataset) -> np.ndarray:
-    syntax = header.file_meta.TransferSyntaxUID
-    if syntax in _BY_GDCM or (PYDICOM_2 and syntax in _PLUGINS and syntax != RLELossless):
-        return decode_by_gdcm(header)
-    if PYDICOM_2 and syntax == RLELossless:
-        header.convert_pixel_data("rle")
-    elif syntax in _PLUGINS:
-        header.pixel_array_options(decoding_plugin=_PLUGINS[syntax])
-    return header.pixel_array
 
 
 def _raw(header: Dataset) -> np.ndarray:

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from imagecodecs import jpeg8_encode
 from monai.data import ITKReader, PydicomReader
 from monai.transforms import LoadImage
+from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1
 
 from benchmarks.common import Row, Settings, compare, largest_series, peer, phantoms, take_turns
@@ -26,6 +28,8 @@ def run(settings: Settings) -> list[Row]:
         if not folder.exists():
             _convert(rle, folder, write)
         sides = _readers(folder)
+        if name == "JPEG lossless" and not peer("gdcm"):
+            del sides["MONAI PydicomReader"]  # pydicom's only decoder of it that has a permissive licence
         slices = len(list(folder.iterdir()))
         times = take_turns(sides, settings, per=slices / 1000)
         rows += compare("read", name, times, "ms per slice")
@@ -80,22 +84,12 @@ def _as_jpeg2000(source: Path, target: Path) -> None:
 
 
 def _as_jpeg_lossless(source: Path, target: Path) -> None:
-    import gdcm
-
-    raw = target.with_suffix(".raw")
-    _decompress(source, raw)
-    reader, writer, change = gdcm.ImageReader(), gdcm.ImageWriter(), gdcm.ImageChangeTransferSyntax()
-    reader.SetFileName(str(raw))
-    reader.Read()
-    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
-    change.SetInput(reader.GetImage())
-    if not change.Change():
-        raise RuntimeError(f"GDCM cannot write {JPEGLosslessSV1.name}")
-    writer.SetFileName(str(target))
-    writer.SetFile(reader.GetFile())
-    writer.SetImage(change.GetOutput())
-    writer.Write()
-    raw.unlink()
+    dataset = pydicom.dcmread(source)
+    dataset.decompress()
+    dataset.PixelData = encapsulate([jpeg8_encode(dataset.pixel_array.view(np.uint16), lossless=True)])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    dataset.save_as(target)
 
 
 SYNTAXES: dict[str, Callable[[Path, Path], Any]] = {
