@@ -27,8 +27,10 @@ from trauma_monai.zoo_checks import check_package
 SCHEMA = PROJECT.parent / "shared/zoo/schema/meta_schema_20240725.json"
 TASKS = (
     *("load_for_inference", "load_for_training", "train", "evaluate", "infer", "train_by_command", "infer_by_command"),
+    "infer_beside_the_other_package",
     *("check_metadata", "check_network", "export_torchscript", "export_onnx", "export_program"),
 )
+OTHER = {ORGANS: TRAUMA, TRAUMA: ORGANS}
 # One epoch of the demo variant is short.
 OVERRIDES = {"epochs": 1, "val_interval": 1, "device": "cpu", "num_workers": 0}
 
@@ -61,8 +63,7 @@ def test_the_layout_is_the_zoos(folder: Path) -> None:
 
 def test_of_this_project_a_package_has_the_modules_that_configs_reach_and_no_others(packages: dict[str, Path]) -> None:
     modules = {name: {path.stem for path in (root / "trauma_monai").glob("*.py")} for name, root in packages.items()}
-    assert {"dicom", "organs", "stacks", "targets"} <= modules[ORGANS]
-    assert modules[TRAUMA] - modules[ORGANS] >= {"inferers", "handlers", "labels"}
+    assert modules[ORGANS] == modules[TRAUMA] >= {"dicom", "organs", "stacks", "targets", "inferers", "handlers"}
     assert not modules[TRAUMA] & {"cli", "pipeline", "report", "prepare", "packaging"}
     for name, root in packages.items():
         for module in modules[name]:
@@ -319,8 +320,9 @@ def outputs(
     folders = {}
     for name, folder in packages.items():
         out = folders[name] = tmp_path_factory.mktemp("zoo")
-        paths = {"dataset_dir": str(dataset_dir), "scan": str(scan), "schema": str(schema(out))}
-        settings = write_json(out / "settings.json", {"overrides": OVERRIDES, **paths})
+        paths = {"dataset_dir": dataset_dir, "scan": scan, "schema": schema(out), "other": packages[OTHER[name]]}
+        settings = {"overrides": OVERRIDES} | {key: str(path) for key, path in paths.items()}
+        settings = write_json(out / "settings.json", settings)
         program = [sys.executable, str(Path(__file__).with_name("zoo_tasks.py")), str(folder), str(out), str(settings)]
         environment = outside_environment(out / "outside")
         done = subprocess.run(program, cwd=out, env=environment, capture_output=True, text=True)

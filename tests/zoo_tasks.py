@@ -2,9 +2,9 @@
 
     python zoo_tasks.py PACKAGE OUT SETTINGS.json
 
-SETTINGS has `overrides` of any workflow, `dataset_dir`, `scan` (a NIfTI file) and `schema` (of metadata.json). Each
-task starts from the same fresh state, in a process of its own that this one forks, has the folder OUT/TASK, and leaves
-OUT/TASK.log; the last line of that file is `done` when the task succeeded.
+SETTINGS has `overrides` of any workflow, `dataset_dir`, `scan` (a NIfTI file), `schema` (of metadata.json) and `other`
+(the package of the other bundle). Each task starts from the same fresh state, in a process of its own that this one
+forks, has the folder OUT/TASK, and leaves OUT/TASK.log; the last line of that file is `done` when the task succeeded.
 """
 
 from __future__ import annotations
@@ -57,6 +57,15 @@ def evaluate(folder: Path) -> None:
 
 def infer(folder: Path) -> None:
     _run_workflow(["inference"], "infer", dataset_dir=SETTINGS["scan"], output_dir=folder)
+
+
+def infer_beside_the_other_package(folder: Path) -> None:
+    """One process serves both, as MONAI Label does: the modules that it imports are those of the first."""
+    other = Path(SETTINGS["other"])
+    monai.bundle.load(
+        other.name, bundle_dir=str(other.parent), workflow_type="inference", device="cpu", source="github"
+    )
+    infer(folder)
 
 
 def _run_workflow(names: list[str], workflow_type: str, **overrides: Any) -> None:
@@ -150,7 +159,16 @@ def _example() -> torch.Tensor:
 
 
 TASKS: tuple[Callable[[Path], None], ...] = (
-    *(load_for_inference, load_for_training, train, evaluate, infer, train_by_command, infer_by_command),
+    *(
+        load_for_inference,
+        load_for_training,
+        train,
+        evaluate,
+        infer,
+        infer_beside_the_other_package,
+        train_by_command,
+        infer_by_command,
+    ),
     *(check_metadata, check_network, export_torchscript, export_onnx, export_program),
 )
 

@@ -22,7 +22,7 @@ import yaml
 from monai.bundle import ConfigParser
 from torch import nn
 
-from trauma_monai.bundle_files import ORGAN_BUNDLE, config_files, find_bundle
+from trauma_monai.bundle_files import ORGAN_BUNDLE, config_files, find_bundle, find_bundles
 from trauma_monai.bundle_metadata import complete_metadata, find_metadata_problems, requirements
 from trauma_monai.files import complete_or_absent, sha256_of, write_json, write_text
 from trauma_monai.networks import load_weights
@@ -144,7 +144,7 @@ def _write(
     write_json(out / "configs/metadata.json", metadata)
     for name, config in configs.items():
         write_json(out / f"configs/{name}.json", find_itself(config))
-    vendor([*configs.values(), *_organ_configs(out)], out)
+    vendor([*configs.values(), *_organ_configs(out), *_project_configs()], out)
     write_text(out / "requirements.txt", "".join(f"{line}\n" for line in requirements(metadata)))
 
     if weights is not None or (root / WEIGHTS).is_file():
@@ -230,6 +230,16 @@ def _write_organ_bundle(
 def _organ_configs(out: Path) -> list[dict[str, Any]]:
     file = out / ORGAN_BUNDLE / "configs/inference.json"
     return [ConfigParser.load_config_file(file)] if file.is_file() else []
+
+
+def _project_configs() -> list[Any]:
+    """Read all configs of this project's bundles, whose modules each package brings.
+
+    A process imports ``trauma_monai`` once. Where it serves several packages, as MONAI Label does, all of them use the
+    modules of the one that was loaded first.
+    """
+    files = (file for root in find_bundles(None) for file in sorted((root / "configs").rglob("*.yaml")))
+    return [ConfigParser.load_config_file(file) for file in files]
 
 
 def _write_large_files(out: Path) -> None:
