@@ -6,7 +6,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import dask
 from dask.distributed import Client, KilledWorker, LocalCluster, as_completed
@@ -18,10 +18,12 @@ __all__ = ["run_jobs"]
 Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
 
-LOCAL_DASK: dict[str, float] = {
+LOCAL_DASK: dict[str, Any] = {
     # A worker holds one series and no next one, so that a series which kills it is told from those that wait.
     "distributed.scheduler.worker-saturation": 1.0,
     "distributed.scheduler.allowed-failures": 1,
+    # Dask's own MALLOC_TRIM_THRESHOLD_ returns memory at every slice, and getting it back takes longer than decoding.
+    "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": 1},
 }
 """Settings of the local cluster. It has no memory limit either: Dask would restart a worker for a long series."""
 

@@ -26,10 +26,16 @@ def run(settings: Settings) -> list[Row]:
 
 
 def _workers(settings: Settings) -> list[Row]:
-    """Time the command on enough series that what it needs to start is little, as it is for thousands."""
-    source = phantoms(settings.work, 64, 512, 3.0)
+    """Time the command on a few tiny series, which is its start, and how much longer it takes for large ones."""
+    start = _command_times(phantoms(settings.work, 8, 64, 10.0), settings)
+    source = phantoms(settings.work, 32, 512, 3.0)
     series = len(list(source.glob("train_images/*/*")))
+    after = {name: (time - start[name]) / series for name, time in _command_times(source, settings).items()}
+    rows = compare("prepare", "start, of the command and its workers", start, "ms")
+    return rows + compare("prepare", f"{series} series of 512 x 512, after the start", after, "ms per series")
 
+
+def _command_times(source: Path, settings: Settings) -> dict[str, float]:
     def side(workers: int) -> Callable[[], None]:
         def prepare_afresh() -> None:
             out = settings.work / f"prepared_by_{workers}"
@@ -40,8 +46,7 @@ def _workers(settings: Settings) -> list[Row]:
 
         return prepare_afresh
 
-    times = take_turns({"2 workers": side(2), "1 worker": side(1)}, settings, per=series / 1000)
-    return compare("prepare", f"{series} series of 512 x 512, start included", times, "ms per series")
+    return take_turns({"2 workers": side(2), "1 worker": side(1)}, settings, per=1e-3)
 
 
 def _access(settings: Settings) -> list[Row]:
