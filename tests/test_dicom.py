@@ -348,6 +348,13 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, tags: dict[str,
         read_series(tmp_path)
 
 
+def test_a_damaged_value_representation_is_refused(tmp_path: Path) -> None:
+    path = write_series(tmp_path)[1]
+    path.write_bytes(path.read_bytes().replace(b"\x28\x00\x10\x00US", b"\x28\x00\x10\x00UJ"))
+    with pytest.raises(DicomError, match="malformed: Unknown Value Representation 'UJ'"):
+        read_series(tmp_path)
+
+
 def test_a_value_that_is_only_shown_refuses_no_series(tmp_path: Path) -> None:
     for path in write_series(tmp_path):
         path.write_bytes(re.sub(rb"(\x18\x00\x60\x00DS..)120", rb"\1abc", path.read_bytes(), flags=re.DOTALL))

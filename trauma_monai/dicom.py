@@ -168,8 +168,8 @@ def read_series(series: SeriesFiles | str | Path | Sequence[str | Path]) -> CTVo
         return _read_volume(series)
     except DicomError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # Values are converted when they are asked for, wherever that is.
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        # Values are converted when they are asked for, wherever that is; NotImplementedError is an unknown VR.
         raise DicomError(f"a header value is missing or malformed: {' '.join(str(error).split())}.") from error
 
 
