@@ -67,7 +67,6 @@ class SliceHeaders:
 
     def __init__(self, tags: Sequence[BaseTag]) -> None:
         self.tags = list(tags)
-        self._values = [tag for tag in tags if tag != PIXEL_DATA]
         self._first: Dataset | None = None
         self._written: dict[BaseTag, RawDataElement] = {}
 
@@ -92,7 +91,7 @@ class SliceHeaders:
         syntax = self._first.file_meta.TransferSyntaxUID
         length = int.from_bytes(start[140:], "little")
         unlike = syntax.is_private or syntax in (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)
-        if unlike or length > LARGE_BYTES or _written(syntax) not in file.read(length):
+        if unlike or length > LARGE_BYTES or _as_element(syntax) not in file.read(length):
             return None
         implicit, defer_size = syntax == ImplicitVRLittleEndian, LARGE_BYTES if syntax in DEFERRED else None
         header = read_dataset(file, implicit, True, defer_size=defer_size, specific_tags=list(self.tags))
@@ -101,12 +100,12 @@ class SliceHeaders:
         return FileDataset(file, header, file_meta=self._first.file_meta, is_implicit_VR=implicit)
 
     def _share_values(self, header: Dataset) -> None:
-        elements = dict(header.items())  # as written: asking for one by its tag would turn it to Python
-        written: dict[BaseTag, RawDataElement] = {}
-        for tag in self._values:
-            element = elements.get(tag)
-            if isinstance(element, RawDataElement) and element.value is not None:
-                written[tag] = element
+        # As written: asking for an element by its tag would turn it to Python. A value that is deferred is None.
+        written = {
+            tag: element
+            for tag, element in header.items()
+            if isinstance(element, RawDataElement) and element.value is not None and tag != PIXEL_DATA
+        }
         if self._first is None:
             self._first, self._written = header, written
             return
@@ -116,7 +115,7 @@ class SliceHeaders:
                 header[tag] = self._first[tag]
 
 
-def _written(syntax: UID) -> bytes:
-    """Return the element (0002,0010) as it is written, padded to an even length."""
+def _as_element(syntax: UID) -> bytes:
+    """Return a transfer syntax as (0002,0010) is written, padded to an even length."""
     value = syntax.encode() + b"\0" * (len(syntax) % 2)
     return b"\x02\x00\x10\x00UI" + len(value).to_bytes(2, "little") + value

@@ -185,31 +185,6 @@ class TrainingState:
         save_whole({**{name: thing.state_dict() for name, thing in objects.items()}, "best": best}, self.path)
 
 
-class SaveBest:
-    """Save the weights of a network whenever an evaluator meets its best metric so far.
-
-    MONAI's `CheckpointSaver` forgets the best score of an interrupted training and replaces it by the first after
-    resuming. This one asks the evaluator, which :class:`TrainingState` reminds of it.
-
-    Args:
-        path: file for the flat state dict; replaced at once.
-        network: what is saved, the deployed network.
-    """
-
-    def __init__(self, path: str | Path, network: torch.nn.Module) -> None:
-        self.path = Path(path)
-        self.network = network
-
-    def attach(self, engine: Engine) -> None:
-        """Look when the evaluator's epoch ends."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Save when this validation was the best."""
-        if cast(Any, engine.state).best_metric_epoch == engine.state.epoch:
-            save_whole(self.network.state_dict(), self.path)
-
-
 class SaveLast:
     """Save the weights of a network when an epoch ends; what fails before its first one ended replaces nothing.
 
@@ -223,12 +198,25 @@ class SaveLast:
         self.network = network
 
     def attach(self, engine: Engine) -> None:
-        """Save when the trainer's epoch ends."""
+        """Look when the engine's epoch ends."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def __call__(self) -> None:
+    def __call__(self, engine: Engine) -> None:
         """Save."""
         save_whole(self.network.state_dict(), self.path)
+
+
+class SaveBest(SaveLast):
+    """Save the weights of a network whenever an evaluator, which it is attached to, meets its best metric so far.
+
+    MONAI's `CheckpointSaver` forgets the best score of an interrupted training and replaces it by the first after
+    resuming. This one asks the evaluator, which :class:`TrainingState` reminds of it.
+    """
+
+    def __call__(self, engine: Engine) -> None:
+        """Save when this validation was the best."""
+        if cast(Any, engine.state).best_metric_epoch == engine.state.epoch:
+            super().__call__(engine)
 
 
 class StopEarly:
